@@ -1,0 +1,352 @@
+// Block-sparse flash attention, written once over the small vocabulary that each isa_*.cpp supplies:
+//
+//   vec                16 floats: zero set1 load store add sub mul fma max_ reduce_max reduce_add any_greater exp2_fast exp2_fine
+//   ROWS, COLS         register tile of the micro-kernel: rows x vecs; ROWS * COLS accumulators must fit the register file
+//   Bf16Dot, F32Dot    how a product step is taken: A (type of a query or probability element in scratch), PAIR (elements per step),
+//                      mac(acc, a, step, b) with b the 64 * PAIR / 2 or 64 bytes of one step, to_a / store_a conversions
+//
+// Work item = (query head, query block of 64 rows), or (KV head, part of the list) in decode; one thread computes one item in list order,
+// so the result does not depend on scheduling or on the number of threads. For a strip of ROWS rows and a batch of key pages:
+//   S = Q K^T (micro-kernel)  ->  mask where the page crosses the diagonal or the window  ->  online softmax  ->  O += P V (micro-kernel)
+// Scores stay in L1. The running maximum is lazy: accumulators are rescaled only when it grows by more than 8 (in powers of two), so P is at
+// most 2^8 and the final division cancels the factor. The row sum adds P before it is rounded to bf16. Masked scores are a large finite
+// negative: minus infinity would give NaN in a row whose first page is fully masked; the garbage such a row gathers is multiplied by zero
+// as soon as it sees a real key, and a row that never does gives zeros.
+#include "kernels.h"
+
+namespace {
+
+constexpr float NEGATIVE = -1e30f;
+constexpr float LAZY = 8.0f;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+constexpr int BATCH = 2;        // key pages per softmax step: K and V of two pages fit L1 at head_dim 64
+constexpr int KEYS = BATCH * ZT_PAGE;
+constexpr int SPLIT_PAGES = 32;  // decode: least pages per part
+
+// C[R][NV * 16] (+)= sum over pages and steps of A[R][page * steps + step] * B[page][step][NV * 16].
+template <class Dot, int R, int NV, bool ACCUMULATE>
+static inline __attribute__((always_inline)) void micro(const typename Dot::A* a, int64_t a_stride, int steps, const char* const* pages,
+                                                        int num_pages, int64_t b_vec, int64_t b_step, float* c, int64_t c_stride) {
+  vec acc[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[r][v] = ACCUMULATE ? load(c + r * c_stride + v * 16) : zero();
+  for (int p = 0; p < num_pages; p++) {
+    const char* b = pages[p];
+    const typename Dot::A* ap = a + int64_t(p) * steps * Dot::PAIR;
+#pragma GCC unroll 2
+    for (int s = 0; s < steps; s++, b += b_step, ap += Dot::PAIR) {
+      typename Dot::B bs[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) bs[v] = Dot::load_b(b + v * b_vec);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const typename Dot::Broadcast x = Dot::broadcast(ap + r * a_stride);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) acc[r][v] = Dot::mac(acc[r][v], x, bs[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) store(c + r * c_stride + v * 16, acc[r][v]);
+}
+
+// The same for any number of vecs, in passes of at most COLS.
+template <class Dot, int R, bool ACCUMULATE>
+static void product(const typename Dot::A* a, int64_t a_stride, int steps, const char* const* pages, int num_pages, int64_t b_vec,
+                    int64_t b_step, int num_vecs, float* c, int64_t c_stride) {
+  int passes = (num_vecs + COLS - 1) / COLS, done = 0;
+  for (int pass = 0; pass < passes; pass++) {
+    const int width = (num_vecs - done + (passes - pass) - 1) / (passes - pass);  // even passes: 5 vecs as 3 + 2
+    const char* at[BATCH];
+    for (int p = 0; p < num_pages; p++) at[p] = pages[p] + done * b_vec;
+    float* to = c + done * 16;
+    switch (width) {
+      case 1: micro<Dot, R, 1, ACCUMULATE>(a, a_stride, steps, at, num_pages, b_vec, b_step, to, c_stride); break;
+      case 2: micro<Dot, R, (COLS >= 2 ? 2 : 1), ACCUMULATE>(a, a_stride, steps, at, num_pages, b_vec, b_step, to, c_stride); break;
+      case 3: micro<Dot, R, (COLS >= 3 ? 3 : 1), ACCUMULATE>(a, a_stride, steps, at, num_pages, b_vec, b_step, to, c_stride); break;
+      default: micro<Dot, R, (COLS >= 4 ? 4 : 1), ACCUMULATE>(a, a_stride, steps, at, num_pages, b_vec, b_step, to, c_stride);
+    }
+    done += width;
+  }
+}
+
+// Scratch of one thread; pointers into one allocation.
+template <class Dot>
+struct Scratch {
+  typename Dot::A* q[3];  // [rows][head_dim]
+  float* o;               // [rows][head_dim]
+  float* sum;             // [rows][16]: per-lane sums of P
+  float* top;             // [rows]: lazy running maximum of score * factor, in powers of two
+  float* factor;          // [rows]: scale * log2(e) * logit_factor
+  int64_t* position;      // [rows]
+  float* s;               // [ROWS][KEYS]
+  typename Dot::A* p;     // [ROWS][KEYS]
+
+  static int64_t bytes(int rows, int head_dim) {
+    const int64_t tile = int64_t(rows) * head_dim;
+    return 3 * pad(tile * sizeof(typename Dot::A)) + pad(tile * 4) + pad(rows * 64) + 2 * pad(rows * 4) + pad(rows * 8) +
+           pad(ROWS * KEYS * 4) + pad(ROWS * KEYS * sizeof(typename Dot::A)) + 64;
+  }
+  static int64_t pad(int64_t n) { return (n + 63) / 64 * 64; }
+  void place(char* at, int rows, int head_dim) {
+    const int64_t tile = int64_t(rows) * head_dim;
+    at = (char*)(((uintptr_t)at + 63) / 64 * 64);
+    for (int v = 0; v < 3; v++) q[v] = (typename Dot::A*)at, at += pad(tile * sizeof(typename Dot::A));
+    o = (float*)at, at += pad(tile * 4);
+    sum = (float*)at, at += pad(rows * 64);
+    top = (float*)at, at += pad(rows * 4);
+    factor = (float*)at, at += pad(rows * 4);
+    position = (int64_t*)at, at += pad(rows * 8);
+    s = (float*)at, at += pad(ROWS * KEYS * 4);
+    p = (typename Dot::A*)at;
+  }
+};
+
+// What one item works on. Row r: queries q[v] + r * q_stride (elements), position and factor in scratch.
+template <class Dot>
+struct Tile {
+  const typename Dot::Stored* q[3];
+  int64_t q_stride;
+  int rows, head_dim;
+  const char* pages;  // of this KV head
+  int64_t slot_stride;
+  const int32_t* page_table;
+  const int32_t* entries;
+  int64_t num_entries;
+  int64_t window;
+};
+
+template <class Dot>
+static inline void mask_scores(float* s, int64_t page, int64_t position, int64_t window) {
+  const int64_t first = page * ZT_PAGE;
+  const int64_t end = position - first + 1;                    // keys [0, end) are not in the future
+  const int64_t begin = window ? end - window : 0;             // and [begin, end) are inside the window
+  for (int k = 0; k < ZT_PAGE; k++) s[k] = k < end && k >= begin ? s[k] : NEGATIVE;
+}
+
+// Online softmax of one row over num_keys scores: fills p, updates sum, top, o.
+template <class Dot>
+static inline __attribute__((always_inline)) void softmax_row(const float* s, typename Dot::A* p, int num_keys, float factor, float* top,
+                                                              float* sum, float* o, int head_dim) {
+  vec high = load(s);
+  for (int k = 16; k < num_keys; k += 16) high = max_(high, load(s + k));
+  high = mul(high, set1(factor));
+  if (any_greater(high, set1(*top + LAZY))) {
+    const float now = reduce_max(high);
+    const vec shrink = Dot::exp2(set1(*top - now));
+    *top = now;
+    store(sum, mul(load(sum), shrink));
+    for (int d = 0; d < head_dim; d += 16) store(o + d, mul(load(o + d), shrink));
+  }
+  const vec scale = set1(factor), shift = set1(-*top);
+  vec total = load(sum);
+  for (int k = 0; k < num_keys; k += 32) {
+    const vec a = Dot::exp2(fma(load(s + k), scale, shift));
+    const vec b = Dot::exp2(fma(load(s + k + 16), scale, shift));
+    total = add(total, add(a, b));
+    Dot::store_p(p + k, a, b);
+  }
+  store(sum, total);
+}
+
+template <class Dot, int R>
+static void strip(const Tile<Dot>& t, Scratch<Dot>& w, int row, const char* const* k_pages, const int32_t* entry, const bool* masked,
+                  int num_pages) {
+  const int head_dim = t.head_dim;
+  for (int i = 0; i < num_pages; i++) {
+    const typename Dot::A* q = w.q[entry[i] & 3] + int64_t(row) * head_dim;
+    product<Dot, R, false>(q, head_dim, head_dim / Dot::PAIR, k_pages + i, 1, int64_t(head_dim) * Dot::STORED_BYTES * 16, Dot::STEP_BYTES,
+                           ZT_PAGE / 16, w.s + i * ZT_PAGE, KEYS);
+    if (masked[i])
+      for (int r = 0; r < R; r++) mask_scores<Dot>(w.s + r * KEYS + i * ZT_PAGE, entry[i] >> 2, w.position[row + r], t.window);
+  }
+  for (int r = 0; r < R; r++)
+    softmax_row<Dot>(w.s + r * KEYS, w.p + r * KEYS, num_pages * ZT_PAGE, w.factor[row + r], w.top + row + r, w.sum + (row + r) * 16,
+                     w.o + int64_t(row + r) * head_dim, head_dim);
+  const char* v_pages[BATCH];
+  for (int i = 0; i < num_pages; i++) v_pages[i] = k_pages[i] + int64_t(ZT_PAGE) * head_dim * Dot::STORED_BYTES;
+  product<Dot, R, true>(w.p, KEYS, ZT_PAGE / Dot::PAIR, v_pages, num_pages, Dot::STEP_BYTES, int64_t(head_dim) * Dot::STEP_BYTES / 16,
+                        head_dim / 16, w.o + int64_t(row) * head_dim, head_dim);
+}
+
+// Runs a tile; leaves o (not yet divided), sum and top in scratch.
+template <class Dot>
+static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
+  const int head_dim = t.head_dim;
+  for (int64_t i = 0; i < int64_t(t.rows) * head_dim; i += 16) store(w.o + i, zero());
+  for (int r = 0; r < t.rows; r++) store(w.sum + r * 16, zero()), w.top[r] = NEGATIVE;
+  bool loaded[3] = {false, false, false};
+  const int64_t page_bytes = 2 * int64_t(ZT_PAGE) * head_dim * Dot::STORED_BYTES;
+  const int strips = (t.rows + ROWS - 1) / ROWS;
+  const int64_t share = (BATCH * page_bytes / 64 + strips - 1) / strips;  // cache lines of the next batch fetched per strip
+
+  for (int64_t e = 0; e < t.num_entries; e += BATCH) {
+    const int count = int(t.num_entries - e < BATCH ? t.num_entries - e : BATCH);
+    const int ahead = int(t.num_entries - e - count < BATCH ? t.num_entries - e - count : BATCH);
+    const char* k_pages[BATCH];
+    const char* next[BATCH];
+    bool masked[BATCH];
+    for (int i = 0; i < count; i++) {
+      const int32_t entry = t.entries[e + i];
+      const int64_t first = int64_t(entry >> 2) * ZT_PAGE;
+      k_pages[i] = t.pages + int64_t(t.page_table[entry >> 2]) * t.slot_stride;
+      masked[i] = first + ZT_PAGE - 1 > w.position[0] || (t.window && first <= w.position[t.rows - 1] - t.window);
+      const int variant = entry & 3;
+      if (!loaded[variant]) {
+        for (int r = 0; r < t.rows; r++) Dot::load_a(w.q[variant] + int64_t(r) * head_dim, t.q[variant] + r * t.q_stride, head_dim);
+        loaded[variant] = true;
+      }
+    }
+    for (int i = 0; i < ahead; i++) next[i] = t.pages + int64_t(t.page_table[t.entries[e + count + i] >> 2]) * t.slot_stride;
+    int64_t line = 0;
+    for (int row = 0; row < t.rows; row += ROWS) {
+      for (int64_t l = line; l < line + share; l++) {
+        const int64_t at = l * 64;
+        const int i = at >= page_bytes ? 1 : 0;
+        if (i < ahead && at - i * page_bytes < page_bytes) __builtin_prefetch(next[i] + (at - i * page_bytes), 0, 2);
+      }
+      line += share;
+      switch (t.rows - row) {
+        case 1: strip<Dot, (ROWS > 1 ? 1 : ROWS)>(t, w, row, k_pages, t.entries + e, masked, count); break;
+        case 2: strip<Dot, (ROWS > 2 ? 2 : ROWS)>(t, w, row, k_pages, t.entries + e, masked, count); break;
+        case 3: strip<Dot, (ROWS > 3 ? 3 : ROWS)>(t, w, row, k_pages, t.entries + e, masked, count); break;
+        case 4: strip<Dot, (ROWS > 4 ? 4 : ROWS)>(t, w, row, k_pages, t.entries + e, masked, count); break;
+        case 5: strip<Dot, (ROWS > 5 ? 5 : ROWS)>(t, w, row, k_pages, t.entries + e, masked, count); break;
+        default: strip<Dot, ROWS>(t, w, row, k_pages, t.entries + e, masked, count);
+      }
+    }
+  }
+}
+
+template <class Dot>
+static void finish_row(const float* o, const float* sum, float top, int head_dim, typename Dot::Stored* out, float* lse) {
+  const float total = reduce_add(load(sum));
+  const bool seen = top > 1e-10f * NEGATIVE && total > 0;  // a masked score times its factor is still far below
+  const vec scale = set1(seen ? 1.0f / total : 0.0f);
+  for (int d = 0; d < head_dim; d += 16) Dot::store_out(out + d, mul(load(o + d), scale));
+  if (lse) *lse = seen ? (top + __builtin_log2f(total)) * LN2 : -__builtin_inff();
+}
+
+template <class Dot>
+static Tile<Dot> tile_of(const zt_attend_args* a, int64_t kv_head) {
+  Tile<Dot> t;
+  t.head_dim = a->head_dim;
+  t.pages = a->kv.pages + kv_head * a->kv.head_stride;
+  t.slot_stride = a->kv.slot_stride;
+  t.page_table = a->kv.page_table;
+  t.window = a->window;
+  return t;
+}
+
+template <class Dot>
+static int attend_typed(const zt_attend_args* a) {
+  const int64_t blocks = (a->num_rows + ZT_PAGE - 1) / ZT_PAGE, items = blocks * a->q_heads, group = a->q_heads / a->kv_heads;
+  const int64_t bytes = Scratch<Dot>::bytes(ZT_PAGE, a->head_dim);
+  char* memory = (char*)__builtin_malloc(size_t(bytes) * a->num_threads);
+  if (!memory) return ZT_NO_MEMORY;
+#pragma omp parallel num_threads(a->num_threads)
+  {
+    Scratch<Dot> w;
+    w.place(memory + bytes * omp_get_thread_num(), ZT_PAGE, a->head_dim);
+    // Most expensive first: with causal lists the last block. Heads innermost, so that neighbours in time share KV pages.
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < items; item++) {
+      const int64_t block = blocks - 1 - item / a->q_heads, head = item % a->q_heads, row = block * ZT_PAGE;
+      Tile<Dot> t = tile_of<Dot>(a, head / group);
+      t.rows = int(a->num_rows - row < ZT_PAGE ? a->num_rows - row : ZT_PAGE);
+      t.q_stride = a->q_row_stride;
+      for (int v = 0; v < 3; v++)
+        t.q[v] = a->q[v] ? (const typename Dot::Stored*)a->q[v] + row * a->q_row_stride + head * a->q_head_stride : nullptr;
+      const int64_t* offset = a->list_offsets + head / a->heads_per_list * blocks + block;
+      t.entries = a->list_entries + offset[0];
+      t.num_entries = offset[1] - offset[0];
+      for (int r = 0; r < t.rows; r++) {
+        w.position[r] = a->first_position + row + r;
+        w.factor[r] = a->scale * LOG2E * (a->logit_factor ? a->logit_factor[row + r] : 1.0f);
+      }
+      run_tile<Dot>(t, w);
+      for (int r = 0; r < t.rows; r++)
+        finish_row<Dot>(w.o + int64_t(r) * a->head_dim, w.sum + r * 16, w.top[r], a->head_dim,
+                        (typename Dot::Stored*)a->out + (row + r) * a->out_row_stride + head * a->out_head_stride,
+                        a->lse ? a->lse + head * a->num_rows + row + r : nullptr);
+    }
+  }
+  __builtin_free(memory);
+  return ZT_OK;
+}
+
+// One position. Rows of a tile are the query heads that share a KV head and a list, so that a page is read once for all of them. A long
+// list is cut into parts by its length alone (never by the number of threads), and parts are merged in order: deterministic.
+template <class Dot>
+static int decode_typed(const zt_attend_args* a) {
+  const int64_t per_kv = a->q_heads / a->kv_heads;
+  const int64_t group = a->heads_per_list < per_kv ? a->heads_per_list : per_kv;
+  if (per_kv % group || a->heads_per_list % group) return ZT_BAD_ARGUMENT;
+  const int64_t groups = a->q_heads / group;
+  const int head_dim = a->head_dim;
+  int64_t parts = 1;
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t* offset = a->list_offsets + g * group / a->heads_per_list;
+    const int64_t n = (offset[1] - offset[0] + SPLIT_PAGES - 1) / SPLIT_PAGES;
+    if (n > parts) parts = n;
+  }
+  if (parts > 64) parts = 64;
+  const int64_t bytes = Scratch<Dot>::bytes(int(group), head_dim);
+  const int64_t state = group * (head_dim + 16 + 16);  // o, sum, top (padded) of one part
+  char* memory = (char*)__builtin_malloc(size_t(bytes) * a->num_threads + size_t(groups * parts * state) * 4 + 64);
+  if (!memory) return ZT_NO_MEMORY;
+  float* states = (float*)(((uintptr_t)(memory + bytes * a->num_threads) + 63) / 64 * 64);
+#pragma omp parallel num_threads(a->num_threads)
+  {
+    Scratch<Dot> w;
+    w.place(memory + bytes * omp_get_thread_num(), int(group), head_dim);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < groups * parts; item++) {
+      const int64_t g = item / parts, part = item % parts, head = g * group;
+      const int64_t* offset = a->list_offsets + head / a->heads_per_list;
+      const int64_t n = offset[1] - offset[0], begin = n * part / parts, end = n * (part + 1) / parts;
+      Tile<Dot> t = tile_of<Dot>(a, head / per_kv);
+      t.rows = int(group);
+      t.q_stride = a->q_head_stride;
+      for (int v = 0; v < 3; v++) t.q[v] = a->q[v] ? (const typename Dot::Stored*)a->q[v] + head * a->q_head_stride : nullptr;
+      t.entries = a->list_entries + offset[0] + begin;
+      t.num_entries = end - begin;
+      for (int r = 0; r < t.rows; r++) {
+        w.position[r] = a->first_position;
+        w.factor[r] = a->scale * LOG2E * (a->logit_factor ? a->logit_factor[0] : 1.0f);
+      }
+      run_tile<Dot>(t, w);
+      float* to = states + item * state;
+      for (int64_t r = 0; r < group; r++, to += head_dim + 32) {
+        for (int d = 0; d < head_dim; d += 16) store(to + d, load(w.o + r * head_dim + d));
+        store(to + head_dim, load(w.sum + r * 16));
+        to[head_dim + 16] = w.top[r];
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t head = 0; head < a->q_heads; head++) {
+      float* first = states + head / group * parts * state + head % group * (head_dim + 32);
+      for (int64_t part = 1; part < parts; part++) {
+        const float* from = first + part * state;
+        const float top0 = first[head_dim + 16], top1 = from[head_dim + 16], top = top0 > top1 ? top0 : top1;
+        const vec keep = exp2_fine(set1(top0 - top)), gain = exp2_fine(set1(top1 - top));
+        for (int d = 0; d < head_dim + 16; d += 16) store(first + d, fma(load(from + d), gain, mul(load(first + d), keep)));
+        first[head_dim + 16] = top;
+      }
+      finish_row<Dot>(first, first + head_dim, first[head_dim + 16], head_dim,
+                      (typename Dot::Stored*)a->out + head * a->out_head_stride, a->lse ? a->lse + head : nullptr);
+    }
+  }
+  __builtin_free(memory);
+  return ZT_OK;
+}
+
+static int attend(const zt_attend_args* a) { return a->dtype == ZT_BF16 ? attend_typed<Bf16Dot>(a) : attend_typed<F32Dot>(a); }
+static int decode(const zt_attend_args* a) { return a->dtype == ZT_BF16 ? decode_typed<Bf16Dot>(a) : decode_typed<F32Dot>(a); }
+
+}  // namespace

@@ -1,0 +1,152 @@
+// Which instruction set runs. Built for the baseline CPU: nothing here may need more than that.
+//
+// Chosen once at load by CPUID feature bits and by XCR0 (the operating system must save the wide registers), never by vendor or model, with
+// one exception: on Intel VDPBF16PS is slower than two FMAs, so avx512_bf16 is not the default there (it can still be selected).
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+enum Feature { AVX2, FMA, F16C, AVX512F, AVX512BW, AVX512DQ, AVX512VL, AVX512_VNNI, AVX512_BF16, AMX_BF16, NUM_FEATURES };
+const char* const kFeatureNames[] = {"avx2",     "fma",      "f16c",        "avx512f",     "avx512bw",
+                                     "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_bf16"};
+
+uint64_t bit(Feature f) { return uint64_t(1) << f; }
+
+uint64_t detect() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return 0;  // OSXSAVE
+  const bool fma = c & (1u << 12), f16c = c & (1u << 29);
+  unsigned lo, hi;
+  __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+  const bool ymm = (lo & 0x6) == 0x6, zmm = (lo & 0xe6) == 0xe6, tiles = (lo & 0x60000) == 0x60000;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  uint64_t found = 0;
+  if (ymm) {
+    if (b & (1u << 5)) found |= bit(AVX2);
+    if (fma) found |= bit(FMA);
+    if (f16c) found |= bit(F16C);
+  }
+  if (ymm && zmm) {
+    if (b & (1u << 16)) found |= bit(AVX512F);
+    if (b & (1u << 30)) found |= bit(AVX512BW);
+    if (b & (1u << 17)) found |= bit(AVX512DQ);
+    if (b & (1u << 31)) found |= bit(AVX512VL);
+    if (c & (1u << 11)) found |= bit(AVX512_VNNI);
+    if (tiles && (d & (1u << 22))) found |= bit(AMX_BF16);
+    unsigned a1, b1, c1, d1;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && (a1 & (1u << 5))) found |= bit(AVX512_BF16);
+  }
+  return found;
+#else
+  return 0;
+#endif
+}
+
+bool intel() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && d == signature_INTEL_edx && c == signature_INTEL_ecx;
+#else
+  return false;
+#endif
+}
+
+struct Choice {
+  const zt_kernels* kernels;
+  uint64_t needs;
+};
+
+// Best first: the first whose needs are met is the default.
+const Choice* choices(int* count) {
+#if defined(__x86_64__)
+  static const uint64_t avx2 = bit(AVX2) | bit(FMA);
+  static const uint64_t avx512 = avx2 | bit(AVX512F) | bit(AVX512BW) | bit(AVX512DQ) | bit(AVX512VL);
+  static const Choice list[] = {{&zt_avx512_bf16_kernels, avx512 | bit(AVX512_BF16)},
+                                {&zt_avx512_kernels, avx512},
+                                {&zt_avx2_kernels, avx2},
+                                {&zt_scalar_kernels, 0}};
+#else
+  static const Choice list[] = {{&zt_scalar_kernels, 0}};
+#endif
+  *count = int(sizeof(list) / sizeof(list[0]));
+  return list;
+}
+
+const zt_kernels* g_selected = nullptr;
+
+const zt_kernels* selected() {
+  if (!g_selected) {
+    int count;
+    const Choice* list = choices(&count);
+    const uint64_t found = detect();
+    for (int i = 0; i < count && !g_selected; i++)
+      if ((list[i].needs & ~found) == 0 && !(i == 0 && intel())) g_selected = list[i].kernels;
+  }
+  return g_selected;
+}
+
+bool known_head_dim(int d) { return d == 64 || d == 80 || d == 96 || d == 128 || d == 256; }
+
+bool valid(const zt_attend_args* a) {
+  return a && a->q[0] && a->out && a->kv.pages && a->kv.page_table && a->list_offsets && a->list_entries && a->heads_per_list > 0 &&
+         a->num_rows > 0 && a->first_position >= 0 && a->window >= 0 && a->q_heads > 0 && a->kv_heads > 0 &&
+         a->q_heads % a->kv_heads == 0 && a->q_heads % a->heads_per_list == 0 && known_head_dim(a->head_dim) &&
+         (a->dtype == ZT_BF16 || a->dtype == ZT_F32) && a->scale > 0 && a->num_threads > 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+int zt_abi_version(void) { return ZT_ABI_VERSION; }
+
+int zt_supports(const char* name) {
+  int count;
+  const Choice* list = choices(&count);
+  for (int i = 0; i < count; i++)
+    if (!strcmp(list[i].kernels->name, name)) return (list[i].needs & ~detect()) == 0 ? 1 : 0;
+  return -1;
+}
+
+int zt_select(const char* name) {
+  const int supported = zt_supports(name);
+  if (supported < 0) return -1;
+  if (!supported) return -2;
+  int count;
+  const Choice* list = choices(&count);
+  for (int i = 0; i < count; i++)
+    if (!strcmp(list[i].kernels->name, name)) g_selected = list[i].kernels;
+  return 0;
+}
+
+const char* zt_selected(void) { return selected()->name; }
+uint64_t zt_cpu_features(void) { return detect(); }
+const char* zt_feature_name(int b) { return b >= 0 && b < NUM_FEATURES ? kFeatureNames[b] : nullptr; }
+
+int zt_attend(const zt_attend_args* a) { return valid(a) ? selected()->attend(a) : ZT_BAD_ARGUMENT; }
+
+int zt_decode(const zt_attend_args* a) { return valid(a) && a->num_rows == 1 ? selected()->decode(a) : ZT_BAD_ARGUMENT; }
+
+int zt_store(const zt_store_args* a) {
+  const bool ok = a && a->qkv && a->kv.pages && a->kv.page_table && a->num_rows > 0 && a->first_position >= 0 && a->q_heads > 0 &&
+                  a->kv_heads > 0 && known_head_dim(a->head_dim) && (a->dtype == ZT_BF16 || a->dtype == ZT_F32) && a->num_threads > 0 &&
+                  (a->first_position + a->num_rows + ZT_PAGE - 1) / ZT_PAGE <= a->kv.num_pages;
+  return ok ? selected()->store(a) : ZT_BAD_ARGUMENT;
+}
+
+int zt_norm(const zt_norm_args* a) {
+  return a && a->residual && a->weight && a->out && a->rows > 0 && a->width > 0 && a->num_threads > 0 ? selected()->norm(a)
+                                                                                                      : ZT_BAD_ARGUMENT;
+}
+
+int zt_silu(const zt_silu_args* a) {
+  return a && a->gate_up && a->out && a->rows > 0 && a->width > 0 && a->num_threads > 0 ? selected()->silu(a) : ZT_BAD_ARGUMENT;
+}
+}

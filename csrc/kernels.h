@@ -1,0 +1,125 @@
+/* The C ABI of the native kernels: plain structs, raw pointers, int64 offsets. No torch, no Python, no C++ in this header, so that one
+ * build serves every version of both, and so that the per-ISA files share nothing the linker could merge.
+ *
+ * Page layout (64 keys of one layer and one KV head, K then V, written once by zt_store and read by zt_attend and zt_decode):
+ *   bf16   K [key/16][dim/2][key%16][dim%2]      V [key/2][dim][key%2]
+ *   f32    K [key/16][dim][key%16]               V [key][dim]
+ * One step of 16 keys (or 16 dims of V) is 64 contiguous bytes, the operand of one dot-product instruction. Unused keys of a partly filled
+ * page are zero. A page is found at  pages + page_table[page] * slot_stride + kv_head * head_stride  (bytes).
+ */
+#ifndef ZEN_TURBO_KERNELS_H
+#define ZEN_TURBO_KERNELS_H
+#include <stdint.h>
+
+#define ZT_PAGE 64
+#define ZT_ABI_VERSION 1
+
+enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1 };
+enum zt_status { ZT_OK = 0, ZT_BAD_ARGUMENT = 1, ZT_NO_MEMORY = 2 };
+
+/* Where the pages of one layer are. */
+typedef struct {
+  char* pages;
+  int64_t slot_stride; /* bytes */
+  int64_t head_stride; /* bytes */
+  const int32_t* page_table;
+  int64_t num_pages; /* entries of page_table */
+} zt_page_view;
+
+/* Block-sparse flash attention of a run of consecutive positions.
+ * Row i of the run has position first_position + i. Query block b is rows [64 b, 64 b + 64). Key pages that block b of list group g reads:
+ * entries[offsets[g * num_blocks + b] .. offsets[g * num_blocks + b + 1]), each page * 4 + variant, ascending; variant picks q[0] (same
+ * span), q[1] (previous span) or q[2] (older), the Dual Chunk Attention rotations. List group g serves query heads
+ * [g * heads_per_list, (g + 1) * heads_per_list). Causality and the sliding window are applied inside; every page named must have been
+ * stored. A row that sees no key gives zeros and lse -inf. */
+typedef struct {
+  const void* q[3];
+  int64_t q_row_stride, q_head_stride; /* elements */
+  void* out;
+  int64_t out_row_stride, out_head_stride; /* elements */
+  float* lse;                              /* [q_heads][num_rows], natural logarithm, or null */
+  const float* logit_factor;               /* [num_rows] or null */
+  zt_page_view kv;
+  const int64_t* list_offsets;
+  const int32_t* list_entries;
+  int64_t heads_per_list;
+  int64_t num_rows, first_position;
+  int64_t window; /* 0: none; else a row sees keys in (position - window, position] */
+  int32_t q_heads, kv_heads, head_dim, dtype;
+  float scale;
+  int32_t num_threads;
+} zt_attend_args;
+
+/* Rotate queries, rotate and pack keys, pack values: everything between the QKV projection and attention.
+ * qkv row: q_heads * head_dim, then kv_heads * head_dim keys, then values. cos and sin of variant v: [num_rows or 1][head_dim / 2]
+ * (row stride 0 means one row for all); variant 0 also rotates the keys. cos[0] null: no rotation. q_out[v] null: variant not wanted. */
+typedef struct {
+  const void* qkv;
+  int64_t qkv_row_stride; /* elements */
+  void* q_out[3];
+  int64_t q_row_stride, q_head_stride;
+  const float* cos[3];
+  const float* sin[3];
+  int64_t angle_row_stride[3];
+  const float* q_norm; /* [head_dim] RMS norm weight or null */
+  const float* k_norm;
+  float norm_eps;
+  zt_page_view kv;
+  int64_t num_rows, first_position;
+  int32_t q_heads, kv_heads, head_dim, dtype;
+  int32_t num_threads;
+} zt_store_args;
+
+/* residual += delta (if any); out = residual / rms(residual) * weight. residual f32 [rows][width], delta and out of `dtype`, contiguous. */
+typedef struct {
+  float* residual;
+  const void* delta;
+  const float* weight;
+  void* out;
+  int64_t rows, width;
+  float eps;
+  int32_t dtype, num_threads;
+} zt_norm_args;
+
+/* out[r][c] = silu(gate_up[r][c]) * gate_up[r][width + c]; contiguous. */
+typedef struct {
+  const void* gate_up;
+  void* out;
+  int64_t rows, width;
+  int32_t dtype, num_threads;
+} zt_silu_args;
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+  const char* name;
+  int (*attend)(const zt_attend_args*);
+  int (*decode)(const zt_attend_args*);
+  int (*store)(const zt_store_args*);
+  int (*norm)(const zt_norm_args*);
+  int (*silu)(const zt_silu_args*);
+} zt_kernels;
+
+extern const zt_kernels zt_scalar_kernels;
+#if defined(__x86_64__)
+extern const zt_kernels zt_avx2_kernels, zt_avx512_kernels, zt_avx512_bf16_kernels;
+#endif
+
+/* The public functions, in dispatch.cpp. zt_select returns 0, or -1 for an unknown name, -2 where the CPU lacks it. */
+int zt_abi_version(void);
+int zt_select(const char* name);
+const char* zt_selected(void);
+int zt_supports(const char* name);
+uint64_t zt_cpu_features(void); /* bit order: zt_feature_name */
+const char* zt_feature_name(int bit);
+int zt_attend(const zt_attend_args*);
+int zt_decode(const zt_attend_args*); /* one row per query head at first_position; num_rows must be 1 */
+int zt_store(const zt_store_args*);
+int zt_norm(const zt_norm_args*);
+int zt_silu(const zt_silu_args*);
+#ifdef __cplusplus
+}
+#endif
+#endif

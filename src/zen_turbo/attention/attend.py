@@ -1,0 +1,174 @@
+"""Attention of one chunk: positions -> rotations, temperature and block lists, shared by all layers; then per layer one store and one attend.
+
+Without Dual Chunk Attention there is one rotation, by position. With it, keys are rotated once by ``position mod L`` and a query has up to
+three rotations; which one a key page takes depends on the span distance alone (see ``blocks``). A chunk inside the first span is plain RoPE,
+bit for bit. The temperature is a function of the query's own position and multiplies logits, never keys, so that a cached prefix is what a
+cold run computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from zen_turbo import kernels
+from zen_turbo.attention import blocks, dca
+from zen_turbo.attention.dca import DualChunk
+from zen_turbo.attention.rope import RotaryEmbedding
+from zen_turbo.config import PAGE_TOKENS
+from zen_turbo.kernels import Angles, BlockLists, PageView
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """What all layers of one chunk share. ``angles`` has None for a variant that no row of the chunk needs."""
+
+    first_position: int
+    num_rows: int
+    angles: tuple[Angles | None, Angles | None, Angles | None]
+    logit_factor: torch.Tensor | None
+    lists: BlockLists
+    density: float
+
+    @property
+    def num_variants(self) -> int:
+        return sum(angle is not None for angle in self.angles)
+
+
+class Attention:
+    """The attention geometry of one model: heads, rotation, window, Dual Chunk Attention and temperature.
+
+    head_dim, scale and the window are per model; ``window`` is None or the sliding window in tokens of the layers that have one.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        rotary: RotaryEmbedding,
+        dual_chunk: DualChunk | None,
+        trained_window: int,
+        temperature: bool,
+        scale: float | None = None,
+    ) -> None:
+        self.num_heads = num_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.rotary = rotary
+        self.dual_chunk = dual_chunk
+        self.trained_window = trained_window
+        self.temperature = temperature
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.span_pages = dual_chunk.span // PAGE_TOKENS if dual_chunk else None
+
+    def plan(self, first_position: int, num_rows: int, *, rope_seq_len: int | None = None) -> ChunkPlan:
+        """Plan rows at positions first_position and on. ``rope_seq_len`` is the prompt's length, which dynamic RoPE depends on."""
+        positions = torch.arange(first_position, first_position + num_rows, dtype=torch.int64)
+        lists = blocks.dense_lists(
+            first_position=first_position, num_rows=num_rows, num_heads=self.num_heads, span_pages=self.span_pages
+        )
+        return ChunkPlan(
+            first_position,
+            num_rows,
+            self._angles(positions, rope_seq_len),
+            self._logit_factor(positions),
+            lists,
+            blocks.density(lists, first_position=first_position, num_rows=num_rows),
+        )
+
+    def _angles(self, positions: torch.Tensor, rope_seq_len: int | None) -> tuple[Angles | None, Angles | None, Angles | None]:
+        def rotate(at: torch.Tensor) -> Angles:
+            return Angles(*self.rotary.cos_sin(at, seq_len=rope_seq_len))
+
+        if self.dual_chunk is None:
+            return rotate(positions), None, None
+        variants = dca.query_positions(positions, self.dual_chunk)
+        last_span = int(positions[-1]) // self.dual_chunk.span
+        return (
+            rotate(variants.intra),
+            rotate(variants.succ) if last_span >= 1 else None,
+            rotate(variants.inter[:1]) if last_span >= 2 else None,  # one position for every query
+        )
+
+    def _logit_factor(self, positions: torch.Tensor) -> torch.Tensor | None:
+        if not self.temperature or int(positions[-1]) < self.trained_window:
+            return None
+        return dca.temperature(positions, self.trained_window)
+
+    def run(
+        self,
+        plan: ChunkPlan,
+        qkv: torch.Tensor,
+        kv: PageView,
+        *,
+        rotate: bool = True,
+        window: int | None = None,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> torch.Tensor:
+        """Store the chunk's keys and values, then attend. qkv: [rows, (heads + 2 kv_heads) * head_dim] -> [rows, heads * head_dim]."""
+        queries = self.store(plan, qkv, kv, rotate=rotate, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps)
+        return self.attend(plan, queries, kv, window=window)
+
+    def store(
+        self,
+        plan: ChunkPlan,
+        qkv: torch.Tensor,
+        kv: PageView,
+        *,
+        rotate: bool = True,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Pack the chunk's keys and values into pages; return the query variants, each [rows, heads, head_dim]."""
+        shape = (plan.num_rows, self.num_heads, self.head_dim)
+        first, second, third = (qkv.new_empty(shape) if angle is not None else None for angle in plan.angles)
+        queries = (first, second, third)
+        kernels.store(
+            qkv,
+            queries,
+            plan.angles if rotate else (None, None, None),
+            kv,
+            first_position=plan.first_position,
+            num_heads=self.num_heads,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            norm_eps=norm_eps,
+        )
+        return queries
+
+    def attend(
+        self,
+        plan: ChunkPlan,
+        queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+        kv: PageView,
+        *,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Attention over the stored pages -> [rows, heads * head_dim]."""
+        first = queries[0]
+        assert first is not None
+        out = torch.empty_like(first)
+        lists = plan.lists
+        if window is not None and plan.first_position + plan.num_rows > window:
+            lists = blocks.dense_lists(
+                first_position=plan.first_position,
+                num_rows=plan.num_rows,
+                num_heads=self.num_heads,
+                span_pages=self.span_pages,
+                window=window,
+            )
+        if plan.num_rows == 1:
+            kernels.decode(
+                queries, kv, lists, out, position=plan.first_position, scale=self.scale, window=window, logit_factor=plan.logit_factor
+            )
+        else:
+            kernels.attend(
+                queries, kv, lists, out, first_position=plan.first_position, scale=self.scale, window=window, logit_factor=plan.logit_factor
+            )
+        return out.view(plan.num_rows, -1)

@@ -1,0 +1,74 @@
+"""Every knob of the engine, declared once.
+
+``EngineConfig`` is frozen: its fields carry default, help text and validation, and the command line, the docs table and the JSON of every
+benchmark are generated from them. An unknown key is an error. Nothing here depends on a model; ``resolve`` in ``engine`` combines it with one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from zen_turbo.errors import ConfigurationError
+
+ATTENTION_POLICIES = ("dense",)
+DTYPES = ("bfloat16", "float32")
+CONTEXT_EXTENSIONS = ("dca", "none")
+PAGE_TOKENS = 64
+
+
+def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine. Sizes ending in ``_bytes`` are bytes, ``_tokens`` are tokens; None means "decided from model and machine"."""
+
+    attention: str = _knob("dense", "Attention policy of the prefill.", choices=ATTENTION_POLICIES)
+    context_extension: str = _knob(
+        "dca",
+        "How positions beyond the trained window are reached: dca (Dual Chunk Attention, exact inside the window) or none.",
+        choices=CONTEXT_EXTENSIONS,
+    )
+    max_model_len: int | None = _knob(
+        None, "Longest prompt plus answer in tokens. Default: 1048576 with dca, else the trained window."
+    )
+    prefill_chunk_tokens: int = _knob(2048, "Prefill scheduling unit in tokens, on a fixed grid of absolute positions; a multiple of 64.")
+    dtype: str = _knob("bfloat16", "Type of weights, activations and KV pages.", choices=DTYPES)
+    kv_cache_bytes: int | None = _knob(None, "Most memory the KV pages may take, in bytes. Default: 85 % of the memory free after loading.")
+    num_threads: int | None = _knob(None, "Compute threads. Default: the CPUs this process may use.")
+    dca_chunk_size: int | None = _knob(None, "DCA chunk_size in tokens. Default: the checkpoint's own, else the trained window.")
+    dca_local_size: int | None = _knob(None, "DCA local_size in tokens. Default: the checkpoint's own, else a quarter of chunk_size.")
+    attention_temperature: bool = _knob(
+        True, "Scale queries beyond the trained window by (0.1 ln s + 1)^2, a function of the query's own position (YaRN temperature)."
+    )
+
+    def __post_init__(self) -> None:
+        for knob in dataclasses.fields(self):
+            choices = knob.metadata["choices"]
+            value = getattr(self, knob.name)
+            if choices and value not in choices:
+                raise ConfigurationError(f"{knob.name} must be one of {', '.join(choices)}, not {value!r}.", param=knob.name)
+        if self.prefill_chunk_tokens <= 0 or self.prefill_chunk_tokens % PAGE_TOKENS:
+            raise ConfigurationError(
+                f"prefill_chunk_tokens must be a positive multiple of {PAGE_TOKENS}, not {self.prefill_chunk_tokens}.",
+                param="prefill_chunk_tokens",
+            )
+        for name in ("max_model_len", "kv_cache_bytes", "num_threads", "dca_chunk_size", "dca_local_size"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigurationError(f"{name} must be positive, not {value}.", param=name)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
+        """Build from plain values; raises ConfigurationError naming any unknown key."""
+        known = {knob.name for knob in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ConfigurationError(f"Unknown setting {name!r}. Known: {', '.join(sorted(known))}.", param=name)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

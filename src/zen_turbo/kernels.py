@@ -1,0 +1,507 @@
+"""Typed, checked wrappers of the native kernels: the only file that touches the native library.
+
+The library has a C ABI (``csrc/kernels.h``), so it is loaded with ctypes, which releases the GIL during a call. Every wrapper checks shapes,
+dtypes, contiguity and bounds here, because the native side trusts its arguments. Torch is imported first so that both share one OpenMP
+runtime and its threads.
+
+ISA: chosen by CPUID when the library loads, best first (avx512_bf16, avx512, avx2, scalar); the environment variable ``ZEN_TURBO_ISA``
+forces one and fails if the CPU lacks it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from zen_turbo.config import PAGE_TOKENS
+from zen_turbo.errors import KernelError
+
+ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
+HEAD_DIMS = (64, 80, 96, 128, 256)
+ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
+_ABI_VERSION = 1
+_DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+_NUM_VARIANTS = 3
+
+_pointer = ctypes.c_void_p
+_int64 = ctypes.c_int64
+_int32 = ctypes.c_int32
+_float = ctypes.c_float
+
+
+class _PageView(ctypes.Structure):
+    _fields_ = (
+        ("pages", _pointer),
+        ("slot_stride", _int64),
+        ("head_stride", _int64),
+        ("page_table", _pointer),
+        ("num_pages", _int64),
+    )
+
+
+class _AttendArgs(ctypes.Structure):
+    _fields_ = (
+        ("q", _pointer * _NUM_VARIANTS),
+        ("q_row_stride", _int64),
+        ("q_head_stride", _int64),
+        ("out", _pointer),
+        ("out_row_stride", _int64),
+        ("out_head_stride", _int64),
+        ("lse", _pointer),
+        ("logit_factor", _pointer),
+        ("kv", _PageView),
+        ("list_offsets", _pointer),
+        ("list_entries", _pointer),
+        ("heads_per_list", _int64),
+        ("num_rows", _int64),
+        ("first_position", _int64),
+        ("window", _int64),
+        ("q_heads", _int32),
+        ("kv_heads", _int32),
+        ("head_dim", _int32),
+        ("dtype", _int32),
+        ("scale", _float),
+        ("num_threads", _int32),
+    )
+
+
+class _StoreArgs(ctypes.Structure):
+    _fields_ = (
+        ("qkv", _pointer),
+        ("qkv_row_stride", _int64),
+        ("q_out", _pointer * _NUM_VARIANTS),
+        ("q_row_stride", _int64),
+        ("q_head_stride", _int64),
+        ("cos", _pointer * _NUM_VARIANTS),
+        ("sin", _pointer * _NUM_VARIANTS),
+        ("angle_row_stride", _int64 * _NUM_VARIANTS),
+        ("q_norm", _pointer),
+        ("k_norm", _pointer),
+        ("norm_eps", _float),
+        ("kv", _PageView),
+        ("num_rows", _int64),
+        ("first_position", _int64),
+        ("q_heads", _int32),
+        ("kv_heads", _int32),
+        ("head_dim", _int32),
+        ("dtype", _int32),
+        ("num_threads", _int32),
+    )
+
+
+class _NormArgs(ctypes.Structure):
+    _fields_ = (
+        ("residual", _pointer),
+        ("delta", _pointer),
+        ("weight", _pointer),
+        ("out", _pointer),
+        ("rows", _int64),
+        ("width", _int64),
+        ("eps", _float),
+        ("dtype", _int32),
+        ("num_threads", _int32),
+    )
+
+
+class _SiluArgs(ctypes.Structure):
+    _fields_ = (
+        ("gate_up", _pointer),
+        ("out", _pointer),
+        ("rows", _int64),
+        ("width", _int64),
+        ("dtype", _int32),
+        ("num_threads", _int32),
+    )
+
+
+class PageView(NamedTuple):
+    """The pages of one layer and the page table of one sequence.
+
+    pages: uint8 [num_slots, num_key_value_heads, page_bytes]; page_bytes = 2 * 64 * head_dim * itemsize, K then V, packed as in kernels.h.
+    page_table: int32 [num_pages], logical page -> slot.
+    """
+
+    pages: torch.Tensor
+    page_table: torch.Tensor
+
+
+class BlockLists(NamedTuple):
+    """Key pages that each query block reads (CSR).
+
+    offsets: int64 [num_lists * num_blocks + 1]; entries: int32, page * 4 + variant, ascending within a block. List g serves the query
+    heads [g * heads_per_list, (g + 1) * heads_per_list). Variants: 0 same span, 1 previous span, 2 older (Dual Chunk Attention).
+    """
+
+    offsets: torch.Tensor
+    entries: torch.Tensor
+    heads_per_list: int
+
+
+class Angles(NamedTuple):
+    """cos and sin of one rotation: float32 [rows, head_dim / 2], or one row that serves all."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def _library_path() -> Path:
+    name = "zen_turbo/_native/libzen_turbo_kernels.so"
+    candidates = []
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        candidates.append(Path(str(importlib.metadata.distribution("zen-turbo").locate_file(name))))
+    candidates.append(Path(__file__).resolve().parent.parent / name)
+    for path in candidates:
+        if path.exists():
+            return path
+    raise KernelError("The native kernels are not built; run ./scripts/setup. Looked for: " + ", ".join(map(str, candidates)) + ".")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = _library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelError(f"The native library {path} cannot be loaded: {error}.") from error
+    found = library.zt_abi_version()
+    if found != _ABI_VERSION:
+        raise KernelError(f"The native library has ABI version {found}, this code needs {_ABI_VERSION}; run ./scripts/setup.")
+    library.zt_select.argtypes = library.zt_supports.argtypes = [ctypes.c_char_p]
+    library.zt_selected.restype = library.zt_feature_name.restype = ctypes.c_char_p
+    library.zt_cpu_features.restype = ctypes.c_uint64
+    for name in ("zt_attend", "zt_decode", "zt_store", "zt_norm", "zt_silu"):
+        getattr(library, name).argtypes = [ctypes.c_void_p]
+    forced = os.environ.get(ISA_ENVIRONMENT)
+    if forced:
+        _select(library, forced, f"{ISA_ENVIRONMENT}={forced}")
+    return library
+
+
+def _select(library: ctypes.CDLL, name: str, asked: str) -> None:
+    status = library.zt_select(name.encode())
+    if status == -1:
+        raise KernelError(f"{asked}: no such instruction set. Known: {', '.join(ISAS)}.")
+    if status == -2:
+        raise KernelError(f"{asked}: this CPU or operating system does not support it. Available: {', '.join(available_isas(library))}.")
+
+
+def available_isas(library: ctypes.CDLL | None = None) -> list[str]:
+    """The instruction sets this CPU can run, best first."""
+    library = library or _library()
+    return [name for name in ISAS if library.zt_supports(name.encode()) == 1]
+
+
+def selected_isa() -> str:
+    return _library().zt_selected().decode()
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the body with the kernels of one instruction set; for tests. Raises KernelError if it cannot. Not thread-safe."""
+    before = selected_isa()
+    _select(_library(), name, f"use_isa({name!r})")
+    try:
+        yield
+    finally:
+        _select(_library(), before, f"use_isa({before!r})")
+
+
+def describe() -> dict[str, Any]:
+    """What was found and chosen, for ``doctor`` and benchmark records: isa, available, features, reason, library."""
+    library = _library()
+    bits = library.zt_cpu_features()
+    features = []
+    position = 0
+    while name := library.zt_feature_name(position):
+        if bits >> position & 1:
+            features.append(name.decode())
+        position += 1
+    available, isa = available_isas(), selected_isa()
+    if os.environ.get(ISA_ENVIRONMENT):
+        reason = f"forced by {ISA_ENVIRONMENT}"
+    elif isa == available[0]:
+        reason = "the best that this CPU and operating system support"
+    else:
+        reason = f"faster than {available[0]} on this vendor's CPUs"
+    return {"isa": isa, "available": available, "features": features, "reason": reason, "library": str(_library_path())}
+
+
+@functools.cache
+def usable_cpus() -> int:
+    """CPUs this process may run on, from its affinity mask."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _call(name: str, args: ctypes.Structure) -> None:
+    status = getattr(_library(), name)(ctypes.addressof(args))
+    if status == 2:
+        raise MemoryError(f"{name}: no memory for its scratch space.")
+    if status:
+        raise ValueError(f"{name}: argument out of range (status {status}).")
+
+
+def _page_view(kv: PageView, head_dim: int, dtype: torch.dtype) -> _PageView:
+    pages, page_table = kv
+    page_bytes = 2 * PAGE_TOKENS * head_dim * dtype.itemsize
+    _need(pages.dtype == torch.uint8 and pages.dim() == 3, "pages must be uint8 [num_slots, num_key_value_heads, page_bytes]")
+    _need(pages.shape[2] == page_bytes and pages.stride(2) == 1, f"a page must be {page_bytes} contiguous bytes, not {pages.shape[2]}")
+    _need(page_table.dtype == torch.int32 and page_table.dim() == 1 and page_table.is_contiguous(), "page_table must be contiguous int32")
+    return _PageView(pages.data_ptr(), pages.stride(0), pages.stride(1), page_table.data_ptr(), page_table.shape[0])
+
+
+def _queries(queries: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    first = queries[0]
+    _need(len(queries) == _NUM_VARIANTS and first is not None, "queries must be three variants, the first present")
+    assert first is not None
+    _need(first.dim() == 3 and first.dtype in _DTYPES, "a query must be bfloat16 or float32 [rows, heads, head_dim]")
+    _need(first.shape[2] in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}, not {first.shape[2]}")
+    for query in queries:
+        if query is not None:
+            same = query.shape == first.shape and query.dtype == first.dtype and query.stride() == first.stride()
+            _need(same and query.stride(2) == 1, "query variants must agree in shape, dtype and strides, head_dim contiguous")
+    return first
+
+
+def _attend_args(
+    queries: tuple[torch.Tensor | None, ...],
+    kv: PageView,
+    lists: BlockLists,
+    out: torch.Tensor,
+    *,
+    first_position: int,
+    scale: float,
+    window: int | None,
+    logit_factor: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    num_threads: int | None,
+) -> _AttendArgs:
+    first = _queries(queries)
+    num_rows, num_heads, head_dim = first.shape
+    num_blocks = -(-num_rows // PAGE_TOKENS)
+    offsets, entries, heads_per_list = lists
+    num_lists = num_heads // heads_per_list
+    _need(out.shape == first.shape and out.dtype == first.dtype and out.stride(2) == 1, "out must look like the queries")
+    _need(offsets.dtype == torch.int64 and entries.dtype == torch.int32, "offsets must be int64, entries int32")
+    _need(offsets.is_contiguous() and entries.is_contiguous(), "offsets and entries must be contiguous")
+    _need(offsets.numel() == num_lists * num_blocks + 1, f"{num_lists} lists of {num_blocks} blocks need that product + 1 offsets")
+    _need(int(offsets[0]) == 0 and int(offsets[-1]) == entries.numel() > 0, "offsets must run from 0 to the number of entries")
+    _need(num_heads % heads_per_list == 0, "heads_per_list must divide the query heads")
+    _need(num_heads % kv.pages.shape[1] == 0, "num_key_value_heads must divide the query heads")
+    # Entries ascend within a block, so the last one of each block bounds them; blocks of all lists end at offsets[1:].
+    last = int(entries[(offsets[1:] - 1).clamp_min(0)].max()) >> 2
+    _need(last < kv.page_table.shape[0], f"a list names page {last} of {kv.page_table.shape[0]}")
+    _need(first_position + num_rows <= kv.page_table.shape[0] * PAGE_TOKENS, "the rows lie beyond the page table")
+    for tensor, shape in ((logit_factor, (num_rows,)), (lse, (num_heads, num_rows))):
+        if tensor is not None:
+            _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
+    return _AttendArgs(
+        (_pointer * _NUM_VARIANTS)(*(query.data_ptr() if query is not None else None for query in queries)),
+        first.stride(0),
+        first.stride(1),
+        out.data_ptr(),
+        out.stride(0),
+        out.stride(1),
+        lse.data_ptr() if lse is not None else None,
+        logit_factor.data_ptr() if logit_factor is not None else None,
+        _page_view(kv, head_dim, first.dtype),
+        offsets.data_ptr(),
+        entries.data_ptr(),
+        heads_per_list,
+        num_rows,
+        first_position,
+        window or 0,
+        num_heads,
+        kv.pages.shape[1],
+        head_dim,
+        _DTYPES[first.dtype],
+        scale,
+        num_threads or torch.get_num_threads(),
+    )
+
+
+def attend(
+    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    kv: PageView,
+    lists: BlockLists,
+    out: torch.Tensor,
+    *,
+    first_position: int,
+    scale: float,
+    window: int | None = None,
+    logit_factor: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    num_threads: int | None = None,
+) -> None:
+    """Block-sparse causal flash attention of consecutive positions over packed pages; writes ``out``.
+
+    queries: up to three rotations (same span, previous span, older), each bf16 or f32 [rows, num_attention_heads, head_dim]; a variant that
+    no entry names may be None. out: the same shape and dtype. logit_factor: f32 [rows], multiplies the row's logits (temperature).
+    lse: f32 [heads, rows], filled with the natural log-sum-exp over the kept keys. window: keys in (position - window, position] only.
+    Raises ValueError for arguments that do not fit together. Cost: 4 * head_dim * 64 FLOP per row and kept page.
+    """
+    args = _attend_args(
+        queries,
+        kv,
+        lists,
+        out,
+        first_position=first_position,
+        scale=scale,
+        window=window,
+        logit_factor=logit_factor,
+        lse=lse,
+        num_threads=num_threads,
+    )
+    _call("zt_attend", args)
+
+
+def decode(
+    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    kv: PageView,
+    lists: BlockLists,
+    out: torch.Tensor,
+    *,
+    position: int,
+    scale: float,
+    window: int | None = None,
+    logit_factor: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    num_threads: int | None = None,
+) -> None:
+    """``attend`` for one row: query heads that share a KV head and a list read each page together, and a long list is cut into parts that
+    run in parallel and merge in a fixed order."""
+    args = _attend_args(
+        queries,
+        kv,
+        lists,
+        out,
+        first_position=position,
+        scale=scale,
+        window=window,
+        logit_factor=logit_factor,
+        lse=lse,
+        num_threads=num_threads,
+    )
+    _call("zt_decode", args)
+
+
+def store(
+    qkv: torch.Tensor,
+    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    angles: tuple[Angles | None, Angles | None, Angles | None],
+    kv: PageView,
+    *,
+    first_position: int,
+    num_heads: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    num_threads: int | None = None,
+) -> None:
+    """Rotate queries into their variants, rotate and pack keys, pack values.
+
+    qkv: bf16 or f32 [rows, (num_heads + 2 * num_key_value_heads) * head_dim], queries then keys then values. queries: outputs
+    [rows, num_heads, head_dim], None where a variant is not wanted. angles[v] rotates variant v, angles[0] also the keys; None is no
+    rotation. q_norm, k_norm: f32 [head_dim] RMS norm weights applied before the rotation. Rows go to positions first_position and on; a row
+    that opens a page which it does not fill clears that page first, so positions must be written in order.
+    """
+    rows, width = qkv.shape
+    kv_heads = kv.pages.shape[1]
+    head_dim = width // (num_heads + 2 * kv_heads)
+    _need(qkv.dtype in _DTYPES and qkv.stride(1) == 1, "qkv must be bfloat16 or float32 with contiguous rows")
+    _need(width == head_dim * (num_heads + 2 * kv_heads) and head_dim in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}")
+    _need(rows > 0 and first_position >= 0, "rows and first_position must not be negative")
+    _need(first_position + rows <= kv.page_table.shape[0] * PAGE_TOKENS, "the rows lie beyond the page table")
+    strides = {(query.stride(0), query.stride(1)) for query in queries if query is not None}
+    _need(len(strides) == 1, "query variants must agree in strides")
+    for query in queries:
+        if query is not None:
+            same = query.shape == (rows, num_heads, head_dim) and query.dtype == qkv.dtype and query.stride(2) == 1
+            _need(same, f"a query variant must be {qkv.dtype} [{rows}, {num_heads}, {head_dim}]")
+    for angle in angles:
+        for table in angle or ():
+            same = table.dtype == torch.float32 and table.is_contiguous() and table.shape[1] == head_dim // 2
+            _need(same and table.shape[0] in (1, rows), f"angles must be contiguous float32 [{rows} or 1, {head_dim // 2}]")
+    for weight in (q_norm, k_norm):
+        if weight is not None:
+            _need(weight.dtype == torch.float32 and weight.shape == (head_dim,), f"norm weights must be float32 [{head_dim}]")
+    row_stride, head_stride = strides.pop()
+    args = _StoreArgs(
+        qkv.data_ptr(),
+        qkv.stride(0),
+        (_pointer * _NUM_VARIANTS)(*(query.data_ptr() if query is not None else None for query in queries)),
+        row_stride,
+        head_stride,
+        (_pointer * _NUM_VARIANTS)(*(angle.cos.data_ptr() if angle else None for angle in angles)),
+        (_pointer * _NUM_VARIANTS)(*(angle.sin.data_ptr() if angle else None for angle in angles)),
+        (_int64 * _NUM_VARIANTS)(*(0 if angle is None or angle.cos.shape[0] == 1 else head_dim // 2 for angle in angles)),
+        q_norm.data_ptr() if q_norm is not None else None,
+        k_norm.data_ptr() if k_norm is not None else None,
+        norm_eps,
+        _page_view(kv, head_dim, qkv.dtype),
+        rows,
+        first_position,
+        num_heads,
+        kv_heads,
+        head_dim,
+        _DTYPES[qkv.dtype],
+        num_threads or torch.get_num_threads(),
+    )
+    _call("zt_store", args)
+
+
+def add_rms_norm(
+    residual: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    eps: float,
+    num_threads: int | None = None,
+) -> None:
+    """residual += delta (in place, if given), then out = residual / sqrt(mean(residual^2) + eps) * weight.
+
+    residual: f32 [rows, width]; delta, out: bf16 or f32 [rows, width]; weight: f32 [width]; all contiguous. RMSNorm: arXiv 1910.07467.
+    """
+    rows, width = residual.shape
+    _need(residual.dtype == torch.float32 and residual.is_contiguous(), "residual must be contiguous float32")
+    _need(weight.dtype == torch.float32 and weight.shape == (width,), f"weight must be float32 [{width}]")
+    for tensor in (delta, out):
+        if tensor is not None:
+            same = tensor.shape == residual.shape and tensor.dtype == out.dtype and tensor.is_contiguous()
+            _need(same and tensor.dtype in _DTYPES, f"delta and out must be contiguous [{rows}, {width}] of one dtype")
+    args = _NormArgs(
+        residual.data_ptr(),
+        delta.data_ptr() if delta is not None else None,
+        weight.data_ptr(),
+        out.data_ptr(),
+        rows,
+        width,
+        eps,
+        _DTYPES[out.dtype],
+        num_threads or torch.get_num_threads(),
+    )
+    _call("zt_norm", args)
+
+
+def silu_mul(gate_up: torch.Tensor, out: torch.Tensor, *, num_threads: int | None = None) -> None:
+    """out = silu(gate) * up. gate_up: bf16 or f32 [rows, 2 * width], gate first; out: [rows, width]; contiguous (SwiGLU, arXiv 2002.05202)."""
+    rows, width = out.shape
+    _need(gate_up.shape == (rows, 2 * width) and gate_up.dtype == out.dtype and out.dtype in _DTYPES, "gate_up must be [rows, 2 * width]")
+    _need(gate_up.is_contiguous() and out.is_contiguous(), "gate_up and out must be contiguous")
+    _call(
+        "zt_silu",
+        _SiluArgs(gate_up.data_ptr(), out.data_ptr(), rows, width, _DTYPES[out.dtype], num_threads or torch.get_num_threads()),
+    )

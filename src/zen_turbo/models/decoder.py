@@ -1,0 +1,227 @@
+"""One decoder for the dense Llama, Qwen2, Qwen3, SmolLM and Mistral families.
+
+A transformer block reads as its formula:
+
+    x = norm(residual)              QKV = x Wqkv          pages <- K, V     a = attend(Q, pages)
+    residual += a Wo                x = norm(residual)    residual += (silu(x Wgate) * (x Wup)) Wdown
+
+The residual stream is fp32 and everything else has the engine's dtype. Q, K and V are one matrix, gate and up are one matrix. Families
+differ by flags of ModelConfig (biases, QK norm, window, layers without rotation), not by code.
+
+Shape legend: T rows of the chunk, H hidden size, I intermediate size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from zen_turbo import kernels
+from zen_turbo.attention import dca
+from zen_turbo.attention.attend import Attention, ChunkPlan
+from zen_turbo.attention.dca import DualChunk
+from zen_turbo.attention.rope import RotaryEmbedding
+from zen_turbo.config import EngineConfig
+from zen_turbo.errors import RequestCancelledError
+from zen_turbo.kernels import PageView
+from zen_turbo.models.config import ModelConfig
+from zen_turbo.models.linear import TILE_ROWS, Linear
+from zen_turbo.models.loader import Checkpoint
+
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class LayerPages(Protocol):
+    """Gives the pages of one layer as the kernels read them."""
+
+    def __call__(self, layer: int) -> PageView: ...
+
+
+@dataclass
+class Timers:
+    """Wall seconds since the last reset: linear layers, attention kernel, block selection."""
+
+    linear_s: float = 0.0
+    attend_s: float = 0.0
+    select_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Layer:
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    out: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+    rotate: bool
+
+
+class Decoder:
+    """Weights and forward pass of one model.
+
+    Raises UnsupportedModelError for a head_dim without a kernel and ConfigurationError for an impossible Dual Chunk Attention geometry.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, engine_config: EngineConfig, *, on_layer: Callable[[int, int], None] | None = None) -> None:
+        config = checkpoint.config
+        self.config = config
+        self.dtype = TORCH_DTYPES[engine_config.dtype]
+        self.dual_chunk = dual_chunk_of(config, engine_config)
+        self.attention = Attention(
+            num_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rotary=RotaryEmbedding(config.rope, config.head_dim),
+            dual_chunk=self.dual_chunk,
+            trained_window=trained_window(config),
+            temperature=engine_config.attention_temperature and self.dual_chunk is not None,
+        )
+        self.timers = Timers()
+        self._embedding = checkpoint.tensor("model.embed_tokens.weight", self.dtype)  # [V, H]
+        self._layers = []
+        for index in range(config.num_hidden_layers):
+            self._layers.append(_load_layer(checkpoint, index, self.dtype))
+            if on_layer:
+                on_layer(index + 1, config.num_hidden_layers)
+        self._norm = checkpoint.tensor("model.norm.weight", torch.float32)
+        head = self._embedding if config.tie_word_embeddings else checkpoint.tensor("lm_head.weight", self.dtype)
+        self._head = Linear(head)
+
+    @property
+    def linear_flops_per_token(self) -> int:
+        """FLOP of the linear layers for one prompt token (the output head runs once per prompt and is not counted)."""
+        return sum(
+            linear.flops_per_row for layer in self._layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        )
+
+    def linear_shapes(self) -> list[tuple[int, int]]:
+        """(in_features, out_features) of one layer's linears, for measuring the GEMM rate on this model's shapes."""
+        layer = self._layers[0]
+        return [(linear.in_features, linear.out_features) for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        pages: LayerPages,
+        *,
+        first_position: int,
+        logits_rows: slice | None = None,
+        rope_seq_len: int | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> tuple[torch.Tensor | None, ChunkPlan]:
+        """Run one chunk (int64 [T]) and store its keys and values at positions first_position and on.
+
+        Returns (logits f32 [rows, V] of ``logits_rows``, or None; the plan used). ``cancelled`` is asked before every layer and makes this
+        raise RequestCancelledError; what was written by then lies beyond the sequence's committed length and is never read.
+        """
+        plan = self.attention.plan(first_position, len(token_ids), rope_seq_len=rope_seq_len)
+        residual = self._embedding[token_ids].float()  # [T, H]
+        delta: torch.Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            if cancelled is not None and cancelled():
+                raise RequestCancelledError("The request was cancelled.")
+            delta = self._layer(layer, plan, residual, delta, pages(index))
+        if logits_rows is None:
+            return None, plan
+        assert delta is not None
+        return self._logits(residual[logits_rows].contiguous(), delta[logits_rows].contiguous()), plan
+
+    def _layer(
+        self, layer: _Layer, plan: ChunkPlan, residual: torch.Tensor, delta: torch.Tensor | None, kv: PageView
+    ) -> torch.Tensor:
+        """One block. residual [T, H] is updated in place; ``delta`` is the previous block's MLP output, added here. Returns this block's."""
+        config, rows = self.config, plan.num_rows
+        eps = config.rms_norm_eps
+        x = residual.new_empty((min(rows, TILE_ROWS), config.hidden_size), dtype=self.dtype)
+        qkv = residual.new_empty((rows, layer.qkv.out_features), dtype=self.dtype)
+        for tile in _tiles(rows):
+            part = x[: tile.stop - tile.start]
+            kernels.add_rms_norm(residual[tile], delta[tile] if delta is not None else None, layer.input_norm, part, eps=eps)
+            qkv[tile] = self._linear(layer.qkv, part)
+        queries = self.attention.store(
+            plan, qkv, kv, rotate=layer.rotate, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps
+        )
+        start = time.perf_counter()
+        attended = self.attention.attend(plan, queries, kv, window=layer.window)
+        self.timers.attend_s += time.perf_counter() - start
+        out = residual.new_empty((rows, config.hidden_size), dtype=self.dtype)
+        hidden = residual.new_empty((min(rows, TILE_ROWS), config.intermediate_size), dtype=self.dtype)
+        for tile in _tiles(rows):
+            part, gated = x[: tile.stop - tile.start], hidden[: tile.stop - tile.start]
+            kernels.add_rms_norm(residual[tile], self._linear(layer.out, attended[tile]), layer.post_norm, part, eps=eps)
+            kernels.silu_mul(self._linear(layer.gate_up, part), gated)
+            out[tile] = self._linear(layer.down, gated)
+        return out
+
+    def _linear(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        start = time.perf_counter()
+        y = linear(x)
+        self.timers.linear_s += time.perf_counter() - start
+        return y
+
+    def _logits(self, residual: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        x = torch.empty_like(delta)
+        kernels.add_rms_norm(residual, delta, self._norm, x, eps=self.config.rms_norm_eps)
+        return torch.cat([self._linear(self._head, x[tile]).float() for tile in _tiles(len(x))])
+
+
+def _tiles(rows: int) -> list[slice]:
+    return [slice(start, min(start + TILE_ROWS, rows)) for start in range(0, rows, TILE_ROWS)]
+
+
+def _load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> _Layer:
+    config = checkpoint.config
+    prefix = f"model.layers.{index}."
+
+    def fused(names: tuple[str, ...], bias: bool) -> Linear:
+        weights = [checkpoint.tensor(f"{prefix}{name}.weight", dtype) for name in names]
+        biases = [checkpoint.tensor(f"{prefix}{name}.bias", dtype) for name in names] if bias else None
+        return Linear(torch.cat(weights), torch.cat(biases) if biases else None)
+
+    def norm(name: str) -> torch.Tensor:
+        return checkpoint.tensor(f"{prefix}{name}.weight", torch.float32)
+
+    return _Layer(
+        input_norm=norm("input_layernorm"),
+        qkv=fused(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.qkv_bias),
+        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
+        out=fused(("self_attn.o_proj",), config.o_bias),
+        post_norm=norm("post_attention_layernorm"),
+        gate_up=fused(("mlp.gate_proj", "mlp.up_proj"), config.mlp_bias),
+        down=fused(("mlp.down_proj",), config.mlp_bias),
+        window=config.sliding_window if config.sliding_layers[index] else None,
+        rotate=not config.no_rope_layers[index],
+    )
+
+
+def trained_window(config: ModelConfig) -> int:
+    """Positions that the checkpoint was trained for, its own RoPE scaling included."""
+    return config.dca.original_max_position_embeddings if config.dca else config.max_position_embeddings
+
+
+def dual_chunk_of(config: ModelConfig, engine_config: EngineConfig) -> DualChunk | None:
+    """The Dual Chunk Attention geometry: the engine's knobs, else the checkpoint's own, else chunk_size = trained window, local a quarter.
+
+    Raises ConfigurationError where page or span do not fit; None if the context extension is off.
+    """
+    if engine_config.context_extension != "dca":
+        return None
+    window = trained_window(config)
+    chunk_size, local_size = engine_config.dca_chunk_size, engine_config.dca_local_size
+    if chunk_size is None and config.dca:
+        chunk_size = config.dca.chunk_size
+        local_size = local_size or config.dca.local_size
+    if chunk_size is None and local_size is None:
+        return dca.default_for(window)
+    chunk_size = chunk_size or window
+    return DualChunk(chunk_size=chunk_size, local_size=local_size or chunk_size // 4, trained_window=window)

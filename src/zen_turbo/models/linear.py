@@ -1,0 +1,49 @@
+"""Linear layers: oneDNN bf16 with weights packed once, or plain fp32.
+
+Rows are processed in tiles of ``TILE_ROWS``. A fixed tile keeps the large intermediate of a gated MLP in the last-level cache and, more
+important, makes a row's result independent of the chunk it was computed in: oneDNN picks its blocking from the number of rows.
+
+The packed path uses two private operators of torch (``mkldnn._reorder_linear_weight``, ``mkldnn._linear_pointwise``); a test pins them and
+``packing_available`` tests for them, because eager ``F.linear`` would reorder the weight on every call.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+TILE_ROWS = 512
+
+
+@functools.cache
+def packing_available() -> bool:
+    """Whether torch has the prepacked bf16 linear on this CPU."""
+    try:
+        weight = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.bfloat16), TILE_ROWS)
+        torch.ops.mkldnn._linear_pointwise(torch.zeros(1, 16, dtype=torch.bfloat16), weight, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+class Linear:
+    """y = x W^T + b. weight: [out_features, in_features], bias: [out_features] or None; both bf16 or both f32."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self._bias = bias
+        self._packed = weight.dtype == torch.bfloat16 and packing_available()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, TILE_ROWS) if self._packed else weight
+
+    @property
+    def flops_per_row(self) -> int:
+        return 2 * self.in_features * self.out_features
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [rows, in_features], contiguous -> [rows, out_features]. Call it with at most TILE_ROWS rows."""
+        if self._packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return F.linear(x, self._weight, self._bias)
