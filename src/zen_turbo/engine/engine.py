@@ -1,0 +1,427 @@
+"""The engine: ``step()`` is plan -> forward -> sample -> commit, one unit of work at a time.
+
+A unit is one prefill chunk of one request, or one token of every request that is answering; the two alternate, so an answer keeps flowing
+while a long prompt is read. Prompts are read in order of arrival. Chunks lie on a fixed grid of absolute positions, so what a chunk computes
+depends on its tokens and on what precedes them, never on how the work was cut or on how long the request turns out to be.
+
+The last finished request's pages are kept until memory is wanted: a request that begins with the same whole chunks starts after them.
+
+``submit`` and ``abort`` may be called from any thread; ``step`` from one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from zen_turbo.config import EngineConfig
+from zen_turbo.engine import memory
+from zen_turbo.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    PrefillProgress,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    TokenDelta,
+)
+from zen_turbo.engine.sampler import Sampler
+from zen_turbo.engine.stop import StopMatcher
+from zen_turbo.errors import (
+    ContextLengthExceededError,
+    EmptyPromptError,
+    InsufficientMemoryError,
+    InvalidRequestError,
+    RequestCancelledError,
+)
+from zen_turbo.kernels import usable_cpus
+from zen_turbo.kv.geometry import PageGeometry, pages_for
+from zen_turbo.kv.pool import PagePool
+from zen_turbo.kv.sequence import SequenceCache
+from zen_turbo.models.catalogue import resolve_model
+from zen_turbo.models.decoder import Decoder, Timers, trained_window
+from zen_turbo.models.loader import load_checkpoint
+from zen_turbo.text.chat_template import ChatTemplate, load_chat_template
+from zen_turbo.text.tokenizer import Tokenizer, load_tokenizer
+
+DCA_MAX_MODEL_LEN = 1_048_576
+KV_SHARE_OF_FREE_MEMORY = 0.85
+
+
+@dataclass
+class _Request:
+    """A request inside the engine. ``tokens`` is the prompt, then the answer; the cache holds all of them but the last sampled one."""
+
+    request_id: str
+    tokens: list[int]
+    num_prompt_tokens: int
+    max_tokens: int
+    sampling: SamplingParams
+    on_event: Callable[[Event], None]
+    sampler: Sampler
+    stops: StopMatcher
+    submitted: float
+    aborted: threading.Event = field(default_factory=threading.Event)
+    cache: SequenceCache | None = None
+    cached_tokens: int = 0
+    text: str = ""
+    detokenizer: object | None = None
+    admitted: float = 0.0
+    first_token: float = 0.0
+    timers: Timers = field(default_factory=Timers)
+    density_sum: float = 0.0
+    density_weight: float = 0.0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+
+class Plan(NamedTuple):
+    """One unit of work: either the next chunk of ``prefill``, or one token for each of ``decodes``."""
+
+    prefill: _Request | None
+    decodes: tuple[_Request, ...]
+
+
+class Engine:
+    """Loads a model and answers requests.
+
+    model: catalogue name, local path or hub name. Raises the errors of model resolution and loading, and ConfigurationError where settings
+    and model do not fit together.
+    """
+
+    def __init__(
+        self, model: str | Path, config: EngineConfig | None = None, *, on_layer: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.config = config or EngineConfig()
+        torch.set_num_threads(self.config.num_threads or usable_cpus())
+        path = resolve_model(str(model))
+        checkpoint = load_checkpoint(path)
+        try:
+            self.model_name = str(model) if not Path(str(model)).exists() else path.stem
+            self.model_path = path
+            self.model_config = checkpoint.config
+            self.model_fingerprint = checkpoint.fingerprint
+            self.tokenizer: Tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+            self.chat_template: ChatTemplate = load_chat_template(checkpoint.tokenizer_source, self.tokenizer)
+            self.decoder = Decoder(checkpoint, self.config, on_layer=on_layer)
+        finally:
+            checkpoint.close()
+        self.max_model_len = self._resolve_max_model_len()
+        self.eos_token_ids = frozenset(self.model_config.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids)
+        self.geometry = PageGeometry(
+            num_layers=self.model_config.num_hidden_layers,
+            num_key_value_heads=self.model_config.num_key_value_heads,
+            head_dim=self.model_config.head_dim,
+            dtype=self.decoder.dtype,
+        )
+        kv_bytes = self.config.kv_cache_bytes or int(memory.available_bytes() * KV_SHARE_OF_FREE_MEMORY)
+        if kv_bytes < self.geometry.slot_bytes:
+            raise InsufficientMemoryError("One KV page", need_bytes=self.geometry.slot_bytes, have_bytes=kv_bytes)
+        self.pool = PagePool(self.geometry, kv_bytes // self.geometry.slot_bytes)
+        self._lock = threading.Lock()
+        self._waiting: deque[_Request] = deque()
+        self._prefilling: _Request | None = None
+        self._decoding: list[_Request] = []
+        self._resident: tuple[list[int], SequenceCache] | None = None
+        self._decode_next = False
+
+    def _resolve_max_model_len(self) -> int:
+        window = trained_window(self.model_config)
+        if self.config.max_model_len is not None:
+            if self.decoder.dual_chunk is None and self.config.max_model_len > window:
+                raise ContextLengthExceededError(
+                    num_prompt_tokens=self.config.max_model_len, max_tokens=0, max_model_len=window, param="max_model_len"
+                )
+            return self.config.max_model_len
+        return max(DCA_MAX_MODEL_LEN, window) if self.decoder.dual_chunk else window
+
+    # Requests: from any thread.
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        on_event: Callable[[Event], None],
+    ) -> str:
+        """Queue a request; events arrive on the thread that calls ``step``.
+
+        Raises EmptyPromptError, InvalidRequestError (a token id outside the vocabulary), ContextLengthExceededError and
+        InsufficientMemoryError (the request could never fit), each before anything is computed.
+        """
+        sampling = sampling or SamplingParams()
+        tokens = list(prompt_token_ids)
+        if not tokens:
+            raise EmptyPromptError("The prompt has no tokens.", param="messages")
+        if min(tokens) < 0 or max(tokens) >= self.model_config.vocab_size:
+            raise InvalidRequestError(f"Token ids must lie in [0, {self.model_config.vocab_size}).", param="prompt")
+        room = self.max_model_len - len(tokens)
+        wanted = sampling.max_tokens
+        if room < (wanted or 1):
+            raise ContextLengthExceededError(num_prompt_tokens=len(tokens), max_tokens=wanted or 1, max_model_len=self.max_model_len)
+        have = self.pool.num_slots * self.geometry.slot_bytes
+        if wanted is None:
+            # As many as fit: the model's limit or the pool's, whichever comes first; finish_reason says "length".
+            wanted = min(room, max(1, self.pool.num_slots * 64 - len(tokens)))
+        need = self.geometry.bytes_for(len(tokens) + wanted)
+        if need > have:
+            raise InsufficientMemoryError(f"A request of {len(tokens)} + {wanted} tokens", need_bytes=need, have_bytes=have)
+        request = _Request(
+            request_id=request_id or f"req-{uuid.uuid4().hex}",
+            tokens=tokens,
+            num_prompt_tokens=len(tokens),
+            max_tokens=wanted,
+            sampling=sampling,
+            on_event=on_event,
+            sampler=Sampler(sampling),
+            stops=StopMatcher(sampling.stop),
+            submitted=time.perf_counter(),
+        )
+        request.detokenizer = self.tokenizer.incremental()
+        with self._lock:
+            self._waiting.append(request)
+        return request.request_id
+
+    def abort(self, request_id: str) -> bool:
+        """Ask a request to end; it does so before the next layer and sends Finished with reason "abort". False if it is not known."""
+        with self._lock:
+            for request in self._all():
+                if request.request_id == request_id:
+                    request.aborted.set()
+                    return True
+        return False
+
+    def has_work(self) -> bool:
+        with self._lock:
+            return any(True for _ in self._all())
+
+    def estimate(self, total_tokens: int) -> memory.MemoryEstimate:
+        """Memory that a request of so many tokens takes, in bytes."""
+        return memory.estimate(
+            self.model_config, self.geometry, total_tokens=total_tokens, chunk_tokens=self.config.prefill_chunk_tokens
+        )
+
+    def _all(self) -> list[_Request]:
+        return [*self._waiting, *([self._prefilling] if self._prefilling else []), *self._decoding]
+
+    # One unit of work.
+
+    def step(self) -> bool:
+        """Do one unit of work; False when there is none."""
+        plan = self._plan()
+        if plan is None:
+            return False
+        for request in plan.decodes:
+            self._guard(request, self._decode)
+        if plan.prefill is not None:
+            self._guard(plan.prefill, self._prefill_chunk)
+        return True
+
+    def fail_all(self, error: Exception) -> None:
+        """End every request with ``error``; for a fault of the engine itself."""
+        with self._lock:
+            requests = self._all()
+            self._waiting.clear()
+        for request in requests:
+            self._drop(request)
+            request.on_event(Failed(error))
+
+    def close(self) -> None:
+        self.fail_all(RequestCancelledError("The engine was closed."))
+        self._evict_resident()
+        self.pool.close()
+
+    def _plan(self) -> Plan | None:
+        """Decodes and prefill chunks alternate. Admits the oldest waiting request when no prompt is being read and memory suffices."""
+        with self._lock:
+            if self._prefilling is None and self._waiting and self._admit(self._waiting[0]):
+                self._prefilling = self._waiting.popleft()
+            decodes = tuple(self._decoding)
+            if decodes and (self._decode_next or self._prefilling is None):
+                self._decode_next = False
+                return Plan(None, decodes)
+            self._decode_next = True
+            if self._prefilling is not None:
+                return Plan(self._prefilling, ())
+            return Plan(None, decodes) if decodes else None
+
+    def _admit(self, request: _Request) -> bool:
+        """Reserve every page the request may need, reusing the resident prefix. False: not yet, others hold the memory."""
+        if request.aborted.is_set():
+            request.admitted = time.perf_counter()
+            request.cache = SequenceCache(self.pool)
+            return True
+        cache = self._take_resident(request.tokens)
+        total = request.num_prompt_tokens + request.max_tokens
+        missing = pages_for(total) - len(cache.slots)
+        if missing > self.pool.num_free:
+            self._evict_resident()
+        try:
+            cache.reserve(total)
+        except InsufficientMemoryError:
+            cache.release()
+            return False
+        request.cache = cache
+        request.cached_tokens = cache.num_tokens
+        request.admitted = time.perf_counter()
+        return True
+
+    def _take_resident(self, tokens: list[int]) -> SequenceCache:
+        """A cache holding the longest run of whole chunks that ``tokens`` shares with the resident sequence; at least one token is left."""
+        if self._resident is None:
+            return SequenceCache(self.pool)
+        known, cache = self._resident
+        limit = min(len(tokens) - 1, cache.num_tokens)
+        shared = 0
+        while shared < limit and known[shared] == tokens[shared]:
+            shared += 1
+        return cache.fork(shared - shared % self.config.prefill_chunk_tokens)
+
+    def _evict_resident(self) -> None:
+        if self._resident is not None:
+            self._resident[1].release()
+            self._resident = None
+
+    def _guard(self, request: _Request, work: Callable[[_Request], None]) -> None:
+        """Run one request's unit; an abort or an error ends that request and no other."""
+        try:
+            if request.aborted.is_set():
+                raise RequestCancelledError("The request was cancelled.")
+            work(request)
+        except RequestCancelledError:
+            self._finish(request, "abort")
+        except Exception as error:
+            self._drop(request)
+            request.on_event(Failed(error))
+
+    def _forward(self, request: _Request, start: int, end: int, *, logits: bool) -> torch.Tensor | None:
+        """Compute tokens [start, end) and commit them. Returns the last row's logits, f32 [vocab_size], if wanted."""
+        cache = request.cache
+        assert cache is not None and cache.num_tokens == start
+        self.decoder.timers = request.timers if end <= request.num_prompt_tokens else Timers()
+        result, plan = self.decoder.forward(
+            torch.tensor(request.tokens[start:end], dtype=torch.int64),
+            cache.pages,
+            first_position=start,
+            logits_rows=slice(end - start - 1, end - start) if logits else None,
+            rope_seq_len=request.num_prompt_tokens,
+            cancelled=request.aborted.is_set,
+        )
+        cache.commit(end)
+        if end <= request.num_prompt_tokens:
+            causal = (end - start) * (start + end + 1) / 2
+            request.density_sum += plan.density * causal
+            request.density_weight += causal
+        return result[0] if result is not None else None
+
+    def _prefill_chunk(self, request: _Request) -> None:
+        assert request.cache is not None
+        start = request.cache.num_tokens
+        if start == request.cached_tokens:
+            self._progress(request)
+        grid = self.config.prefill_chunk_tokens
+        end = min((start // grid + 1) * grid, request.num_prompt_tokens)
+        logits = self._forward(request, start, end, logits=end == request.num_prompt_tokens)
+        self._progress(request)
+        if logits is not None:
+            with self._lock:
+                self._prefilling = None
+                self._decoding.append(request)
+            self._sample(request, logits)
+
+    def _progress(self, request: _Request) -> None:
+        assert request.cache is not None
+        elapsed = time.perf_counter() - request.admitted
+        request.on_event(PrefillProgress(request.num_prompt_tokens, request.cached_tokens, request.cache.num_tokens, elapsed))
+
+    def _decode(self, request: _Request) -> None:
+        end = len(request.tokens)
+        logits = self._forward(request, end - 1, end, logits=True)
+        assert logits is not None
+        self._sample(request, logits)
+
+    def _sample(self, request: _Request, logits: torch.Tensor) -> None:
+        """Choose a token, stream what is safe to show, and finish the request if it is done."""
+        token = request.sampler.sample(logits)
+        if not request.first_token:
+            request.first_token = time.perf_counter()
+        request.tokens.append(token)
+        sampling = request.sampling
+        if token in sampling.stop_token_ids or (token in self.eos_token_ids and not sampling.ignore_eos):
+            self._emit(request, (token,), flush=True)
+            self._finish(request, "stop")
+        elif self._emit(request, (token,), text=request.detokenizer.push(token)):  # type: ignore[attr-defined]
+            self._finish(request, "stop")
+        elif request.num_generated >= request.max_tokens:
+            stopped = self._emit(request, (), flush=True)
+            self._finish(request, "stop" if stopped else "length")
+
+    def _emit(self, request: _Request, token_ids: tuple[int, ...], *, text: str = "", flush: bool = False) -> bool:
+        """Send new text through the stop strings; ``flush`` also sends what was held back. True if a stop string was found."""
+        if flush:
+            text += request.detokenizer.flush()  # type: ignore[attr-defined]
+        shown, stopped = request.stops.push(text)
+        if flush and not stopped:
+            shown += request.stops.flush()
+        request.text += shown
+        request.on_event(TokenDelta(shown, token_ids))
+        return stopped
+
+    def _finish(self, request: _Request, reason: str) -> None:
+        now = time.perf_counter()
+        first = request.first_token or now
+        started = request.admitted or now
+        output = RequestOutput(
+            request_id=request.request_id,
+            text=request.text,
+            token_ids=tuple(request.tokens[request.num_prompt_tokens :]),
+            prompt_tokens=request.num_prompt_tokens,
+            cached_tokens=request.cached_tokens,
+            finish_reason=reason,
+            metrics=RequestMetrics(
+                queue_s=started - request.submitted,
+                ttft_s=first - request.submitted,
+                prefill_s=first - started,
+                decode_s=now - first,
+                attend_s=request.timers.attend_s,
+                linear_s=request.timers.linear_s,
+                select_s=request.timers.select_s,
+                density=request.density_sum / request.density_weight if request.density_weight else 1.0,
+            ),
+        )
+        self._keep_resident(request)
+        self._drop(request)
+        request.on_event(Finished(output))
+
+    def _keep_resident(self, request: _Request) -> None:
+        """Keep the finished request's whole chunks for the next one; a shorter leftover replaces a longer one only if it is newer."""
+        cache = request.cache
+        if cache is None:
+            return
+        whole = cache.num_tokens - cache.num_tokens % self.config.prefill_chunk_tokens
+        if whole:
+            kept = cache.fork(whole)
+            self._evict_resident()
+            self._resident = (request.tokens[:whole], kept)
+
+    def _drop(self, request: _Request) -> None:
+        with self._lock:
+            if request is self._prefilling:
+                self._prefilling = None
+            if request in self._decoding:
+                self._decoding.remove(request)
+        if request.cache is not None:
+            request.cache.release()
+            request.cache = None

@@ -1,0 +1,32 @@
+"""Sizes of the KV cache. A page is 64 tokens of one layer and one KV head, K then V; a slot is the same 64 tokens of all layers and heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from zen_turbo.config import PAGE_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageGeometry:
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        return 2 * PAGE_TOKENS * self.head_dim * self.dtype.itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.page_bytes * self.num_layers * self.num_key_value_heads
+
+    def bytes_for(self, num_tokens: int) -> int:
+        return pages_for(num_tokens) * self.slot_bytes
+
+
+def pages_for(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE_TOKENS)

@@ -1,0 +1,94 @@
+"""The pool of page slots that all sequences share.
+
+One anonymous memory map, committed by the operating system as pages are first written, viewed as uint8
+[num_layers, num_slots, num_key_value_heads, page_bytes]: a layer's slots lie together, so that a huge page serves many of them. Slots are
+reference-counted, because sequences that share a prefix share its full pages read-only. Allocation takes the slot freed last (still warm in
+cache and already committed), else the lowest slot never used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from zen_turbo.errors import InsufficientMemoryError
+from zen_turbo.kv.geometry import PageGeometry
+
+
+class PagePool:
+    def __init__(self, geometry: PageGeometry, num_slots: int) -> None:
+        assert 0 < num_slots < 2**31
+        self.geometry = geometry
+        self.num_slots = num_slots
+        self._map = mmap.mmap(-1, geometry.slot_bytes * num_slots)
+        with contextlib.suppress(AttributeError, OSError):  # huge pages are an optimisation that some kernels refuse
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        shape = (geometry.num_layers, num_slots, geometry.num_key_value_heads, geometry.page_bytes)
+        self._storage: torch.Tensor | None = torch.frombuffer(self._map, dtype=torch.uint8).view(shape)
+        self._references = [0] * num_slots
+        self._free: list[int] = []
+        self._next_unused = 0
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free) + self.num_slots - self._next_unused
+
+    def layer(self, index: int) -> torch.Tensor:
+        """uint8 [num_slots, num_key_value_heads, page_bytes]."""
+        assert self._storage is not None, "the pool is closed"
+        return self._storage[index]
+
+    def allocate(self, count: int) -> list[int]:
+        """Take ``count`` slots, each with one reference. Raises InsufficientMemoryError and takes none if there are too few."""
+        if count > self.num_free:
+            raise InsufficientMemoryError(
+                f"The KV cache of {count} pages",
+                need_bytes=count * self.geometry.slot_bytes,
+                have_bytes=self.num_free * self.geometry.slot_bytes,
+            )
+        reused = min(count, len(self._free))
+        slots = [self._free.pop() for _ in range(reused)]
+        slots += range(self._next_unused, self._next_unused + count - reused)
+        self._next_unused += count - reused
+        for slot in slots:
+            self._references[slot] = 1
+        return slots
+
+    def share(self, slots: Iterable[int]) -> None:
+        """Add one reference to each slot, which must be in use."""
+        for slot in slots:
+            assert self._references[slot] > 0, f"slot {slot} is free"
+            self._references[slot] += 1
+
+    def free(self, slots: Iterable[int]) -> None:
+        """Drop one reference from each slot; a slot without references can be allocated again."""
+        for slot in slots:
+            assert self._references[slot] > 0, f"slot {slot} is freed twice"
+            self._references[slot] -= 1
+            if self._references[slot] == 0:
+                self._free.append(slot)
+
+    def verify(self, tables: Iterable[Iterable[int]]) -> None:
+        """Check that exactly the slots named by these page tables are in use, each as often as it is named, and that every other slot is
+        free exactly once. Raises AssertionError with the first difference."""
+        named: Counter[int] = Counter()
+        for table in tables:
+            slots = list(table)
+            assert len(slots) == len(set(slots)), "a page table names a slot twice"
+            named.update(slots)
+        assert len(self._free) == len(set(self._free)), "a slot is free twice"
+        free = set(self._free)
+        for slot in range(self.num_slots):
+            count = self._references[slot]
+            assert count == named[slot], f"slot {slot} has {count} references, {named[slot]} are known"
+            assert (count == 0) == (slot in free or slot >= self._next_unused), f"slot {slot} is both used and free, or neither"
+
+    def close(self) -> None:
+        """Give the memory back. Views of layers must be gone."""
+        self._storage = None
+        with contextlib.suppress(BufferError):  # a view is still alive: the map goes with it
+            self._map.close()

@@ -1,0 +1,73 @@
+"""The KV cache of one sequence: a page table into the pool, and how many tokens of it are committed.
+
+Ownership: every slot in ``page_table`` carries one reference of this sequence. Tokens [0, num_tokens) are committed; what lies beyond in
+reserved pages is scratch of the chunk being computed and is never read by others. Only full committed pages are ever shared.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from zen_turbo.config import PAGE_TOKENS
+from zen_turbo.kernels import PageView
+from zen_turbo.kv.geometry import pages_for
+from zen_turbo.kv.pool import PagePool
+
+
+class SequenceCache:
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.num_tokens = 0
+        self._slots: list[int] = []
+        self._table = torch.empty(0, dtype=torch.int32)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return tuple(self._slots)
+
+    @property
+    def page_table(self) -> torch.Tensor:
+        """int32 [num_pages], logical page -> slot."""
+        return self._table
+
+    def pages(self, layer: int) -> PageView:
+        return PageView(self.pool.layer(layer), self._table)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for that many tokens in all. Raises InsufficientMemoryError and changes nothing if the pool has too few slots."""
+        missing = pages_for(num_tokens) - len(self._slots)
+        if missing > 0:
+            self._set(self._slots + self.pool.allocate(missing))
+
+    def commit(self, num_tokens: int) -> None:
+        """The first ``num_tokens`` tokens are now written in every layer."""
+        assert self.num_tokens <= num_tokens <= len(self._slots) * PAGE_TOKENS
+        self.num_tokens = num_tokens
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget everything past ``num_tokens``, a multiple of 64, and free its pages."""
+        assert num_tokens % PAGE_TOKENS == 0 and num_tokens <= self.num_tokens
+        keep = num_tokens // PAGE_TOKENS
+        self.pool.free(self._slots[keep:])
+        self._set(self._slots[:keep])
+        self.num_tokens = num_tokens
+
+    def fork(self, num_tokens: int) -> SequenceCache:
+        """A new sequence that shares the first ``num_tokens`` tokens (a multiple of 64, committed) read-only."""
+        assert num_tokens % PAGE_TOKENS == 0 and num_tokens <= self.num_tokens
+        child = SequenceCache(self.pool)
+        shared = self._slots[: num_tokens // PAGE_TOKENS]
+        self.pool.share(shared)
+        child._set(shared)
+        child.num_tokens = num_tokens
+        return child
+
+    def release(self) -> None:
+        """Drop every page. The sequence is empty afterwards."""
+        self.pool.free(self._slots)
+        self._set([])
+        self.num_tokens = 0
+
+    def _set(self, slots: list[int]) -> None:
+        self._slots = slots
+        self._table = torch.tensor(slots, dtype=torch.int32)

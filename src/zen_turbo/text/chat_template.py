@@ -1,0 +1,177 @@
+"""Messages to token ids through the checkpoint's own chat template.
+
+Templates are programs from strangers, so they run in jinja2's immutable sandbox, set up as transformers does. A template sees placeholders in
+place of the messages' contents, and the contents are put back afterwards: special tokens are parsed only in what the template wrote, and a
+megabyte of document does not pass through template filters. Where the template changes contents (it may trim them), the result is compared
+with a rendering of the real contents; if no faithful splice exists and a content holds the text of a special token, the request is refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from zen_turbo.errors import InvalidRequestError, UnsupportedModelError
+from zen_turbo.text.tokenizer import Tokenizer
+from zen_turbo.text.tokenizer_source import TokenizerSource
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class TemplateError(jinja2.TemplateError):
+    """What a template raises through raise_exception."""
+
+
+class ChatTemplate:
+    """A compiled template. ``template`` None means that the checkpoint has none; chatting is then an UnsupportedModelError."""
+
+    def __init__(self, template: str | None, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._template = _environment().from_string(template) if template is not None else None
+
+    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any) -> str:
+        """The prompt as text, as transformers renders it."""
+        return self._render(_checked(messages), add_generation_prompt, kwargs)
+
+    def encode(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any) -> list[int]:
+        """The prompt as token ids. Raises InvalidRequestError (param "messages") for messages the template or we do not accept."""
+        checked = _checked(messages)
+        contents = [message["content"] for message in checked]
+        rendered = self._render(checked, add_generation_prompt, kwargs)
+        # A placeholder that no content contains.
+        stem = "\ue000content"
+        while any(stem in content for content in contents):
+            stem += "\ue000"
+        names = [f"{stem}{index}\ue001" for index in range(len(contents))]
+        masked = self._render(
+            [{**message, "content": name} for message, name in zip(checked, names, strict=True)], add_generation_prompt, kwargs
+        )
+        for candidate in (contents, [content.strip() for content in contents]):
+            pieces = _splice(masked, names, candidate)
+            if "".join(text for text, _ in pieces) == rendered:
+                return self._encode_pieces(pieces)
+        if any(special in content for content in contents for special in self._tokenizer.special_tokens):
+            raise InvalidRequestError(
+                "A message contains the text of a special token, and this model's chat template changes contents in a way that would let "
+                "it act as one.",
+                param="messages",
+            )
+        return self._tokenizer.encode(rendered, allow_special=True)
+
+    def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> list[int]:
+        """pieces: (text, whether the template wrote it). Ordinary text between two special tokens is encoded as one run, so that tokens
+        are those of the whole string."""
+        ids: list[int] = []
+        run: list[str] = []
+
+        def flush() -> None:
+            if run:
+                ids.extend(self._tokenizer.encode("".join(run)))
+                run.clear()
+
+        for text, from_template in pieces:
+            for part, special_id in self._tokenizer.split_special(text) if from_template else [(text, None)]:
+                if special_id is None:
+                    run.append(part)
+                else:
+                    flush()
+                    ids.append(special_id)
+        flush()
+        return ids
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, kwargs: dict[str, Any]) -> str:
+        if self._template is None:
+            raise UnsupportedModelError("This checkpoint has no chat template; use plain text completion.")
+        tokenizer = self._tokenizer
+        eos = tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else None
+        values = {
+            "bos_token": tokenizer.token_text(tokenizer.bos_token_id),
+            "eos_token": tokenizer.token_text(eos),
+            **kwargs,
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return self._template.render(values)
+        except jinja2.TemplateError as error:
+            raise InvalidRequestError(f"The model's chat template refuses these messages: {error}.", param="messages") from error
+
+
+def load_chat_template(source: TokenizerSource, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that came with the tokenizer. Raises UnsupportedModelError if it does not compile."""
+    try:
+        return ChatTemplate(tokenizer.chat_template, tokenizer)
+    except jinja2.TemplateError as error:
+        raise UnsupportedModelError(f"The chat template of this {source.kind} checkpoint does not compile: {error}.") from error
+
+
+def _splice(masked: str, names: list[str], contents: list[str]) -> list[tuple[str, bool]]:
+    """Cut ``masked`` at placeholders and put contents in. A placeholder may occur any number of times."""
+    pieces: list[tuple[str, bool]] = [(masked, True)]
+    for name, content in zip(names, contents, strict=True):
+        cut: list[tuple[str, bool]] = []
+        for text, from_template in pieces:
+            if not from_template:
+                cut.append((text, False))
+                continue
+            parts = text.split(name)
+            for index, part in enumerate(parts):
+                cut += [(content, False)] if index else []
+                cut.append((part, True))
+        pieces = cut
+    return [piece for piece in pieces if piece[0]]
+
+
+def _checked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with plain string contents. Raises InvalidRequestError naming the message."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InvalidRequestError("messages must be a non-empty list.", param="messages")
+    result = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise InvalidRequestError(f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}.", param="messages")
+        result.append({**message, "content": _text_of(message.get("content"), where)})
+    return result
+
+
+def _text_of(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequestError(f"{where}: content must be a string or a list of parts.", param="messages")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text") or not isinstance(part.get("text"), str):
+            raise InvalidRequestError(f"{where}: content part of type {kind!r} is not supported (text is).", param="messages")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def strftime_now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
