@@ -180,7 +180,7 @@ def family_of(config: Mapping[str, Any], where: str) -> str:
     names = config.get("architectures") or []
     model_type = config.get("model_type")
     for family, row in FAMILIES.items():
-        if names and names[0] in row["classes"] or not names and model_type == family:
+        if (names and names[0] in row["classes"]) or (not names and model_type == family):
             return family
     supported = ", ".join(name for row in FAMILIES.values() for name in row["classes"])
     raise UnsupportedModelError(f"{where}: architecture {(names or [model_type])[0]!r} is not supported. Supported: {supported}.")
