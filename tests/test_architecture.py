@@ -24,7 +24,7 @@ _GROUND = {"errors", "config"}
 _COMPUTE = {*_GROUND, "kernels", "attention"}
 _ENGINE = {*_COMPUTE, "text", "kv", "models", "engine"}
 MAY_IMPORT = {
-    "zen_turbo": set(),
+    "zen_turbo": {"cli"},  # for python -m; the package itself imports lazily
     "errors": set(),
     "config": {"errors"},
     "kernels": _GROUND,
@@ -34,10 +34,11 @@ MAY_IMPORT = {
     "models": {*_COMPUTE, "text"},
     "engine": _ENGINE - {"engine"},
     "llm": _ENGINE,
+    "progress": {"engine"},
     "server": {*_ENGINE, "llm", "zen_turbo"},
-    "bench": {*_ENGINE, "llm", "zen_turbo"},
-    "evals": {*_ENGINE, "llm", "bench", "zen_turbo"},
-    "cli": {*_ENGINE, "llm", "server", "bench", "evals", "zen_turbo"},
+    "bench": {*_ENGINE, "llm", "progress", "zen_turbo"},
+    "evals": {*_ENGINE, "llm", "bench", "progress", "zen_turbo"},
+    "cli": {*_ENGINE, "llm", "server", "bench", "evals", "progress", "zen_turbo"},
 }
 
 # What a pure function of tensors can need. Names, not "no I/O modules": whatever is new has to be thought about.

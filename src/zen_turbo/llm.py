@@ -20,8 +20,15 @@ class LLM:
     >>> llm.chat([{"role": "user", "content": "Say hello."}]).text
     """
 
-    def __init__(self, model: str | Path = DEFAULT_MODEL, *, config: EngineConfig | None = None, **knobs: Any) -> None:
-        self.engine = Engine(model, EngineConfig.from_dict({**(config.to_dict() if config else {}), **knobs}))
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        config: EngineConfig | None = None,
+        on_layer: Callable[[int, int], None] | None = None,
+        **knobs: Any,
+    ) -> None:
+        self.engine = Engine(model, EngineConfig.from_dict({**(config.to_dict() if config else {}), **knobs}), on_layer=on_layer)
 
     def chat(
         self,

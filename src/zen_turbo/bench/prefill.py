@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from zen_turbo.bench.gemm import GemmBenchmark, GemmRate, shapes_of_model
-from zen_turbo.bench.progress import prefill_bar
 from zen_turbo.bench.report import GIB, Experiment, Row
 from zen_turbo.bench.text import fingerprint, read_tokens
 from zen_turbo.config import EngineConfig
@@ -31,6 +30,7 @@ from zen_turbo.engine.memory import peak_rss_bytes
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.llm import LLM
+from zen_turbo.progress import prefill_bar
 
 COLUMNS = (
     "length",

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 from zen_turbo.bench.gemm import GemmBenchmark, shapes_of_model
 from zen_turbo.bench.prefill import attention_flops, engine_facts, linear_flops
-from zen_turbo.bench.progress import prefill_bar
 from zen_turbo.bench.report import Experiment, Row, print_table, tidy
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.engine import Engine
@@ -32,6 +31,7 @@ from zen_turbo.errors import ConfigurationError, ContextLengthExceededError, Ins
 from zen_turbo.evals.journal import Journal
 from zen_turbo.evals.passkey_prompt import GENERATOR_VERSION, PasskeyPrompt, is_correct, make_prompt
 from zen_turbo.llm import LLM
+from zen_turbo.progress import prefill_bar
 
 MAX_NEW_TOKENS = 16
 GREEDY = SamplingParams(temperature=0.0, max_tokens=MAX_NEW_TOKENS)

@@ -17,7 +17,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from zen_turbo.errors import InvalidRequestError, UnsupportedModelError
+from zen_turbo.errors import EmptyPromptError, InvalidRequestError, UnsupportedModelError
 from zen_turbo.text.tokenizer import Tokenizer
 from zen_turbo.text.tokenizer_source import TokenizerSource
 
@@ -129,9 +129,9 @@ def _splice(masked: str, names: list[str], contents: list[str]) -> list[tuple[st
 
 
 def _checked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with plain string contents. Raises InvalidRequestError naming the message."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InvalidRequestError("messages must be a non-empty list.", param="messages")
+    """Messages with plain string contents. Raises InvalidRequestError naming the message, EmptyPromptError."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise InvalidRequestError("messages must be a list.", param="messages")
     result = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
@@ -139,6 +139,8 @@ def _checked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             role = message.get("role") if isinstance(message, dict) else message
             raise InvalidRequestError(f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}.", param="messages")
         result.append({**message, "content": _text_of(message.get("content"), where)})
+    if not any(message["content"] for message in result):
+        raise EmptyPromptError("The messages hold no text.", param="messages")
     return result
 
 

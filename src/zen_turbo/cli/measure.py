@@ -1,0 +1,99 @@
+"""``zen-turbo bench ...`` and ``zen-turbo eval ...``: a table and, as the last line of standard output, one JSON record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zen_turbo.cli.ask import DEFAULT_MODEL, MODEL_HELP
+from zen_turbo.cli.engine_flags import engine_options
+from zen_turbo.config import EngineConfig
+from zen_turbo.errors import ConfigurationError
+
+bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure answers.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+Output = Annotated[Path | None, typer.Option(help="Also keep the record in this file.")]
+
+
+def integers(text: str, param: str) -> list[int]:
+    """'4096,32768' or '4K,32K' -> [4096, 32768]. Raises ConfigurationError."""
+    values = []
+    for part in text.split(","):
+        digits = part.strip().upper()
+        unit = {"K": 1024, "M": 1024 * 1024}.get(digits[-1:], 1)
+        digits = digits[:-1] if unit > 1 else digits
+        if not digits.isdecimal() or int(digits) == 0:
+            raise ConfigurationError(f"{param} must be positive integers separated by commas, not {text!r}.", param=param)
+        values.append(int(digits) * unit)
+    return values
+
+
+@bench_app.command("attention")
+def bench_attention(
+    length: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas; 8K is 8192.")] = "8192",
+    heads: Annotated[str, typer.Option(help="Query and key/value heads as Q/KV, separated by commas.")] = "14/2",
+    head_dim: Annotated[str, typer.Option(help="Head dimensions, separated by commas: one for all heads or one each.")] = "64",
+    repeats: Annotated[int, typer.Option(help="Turns of kernel, SDPA and GEMM; the figures are medians.")] = 5,
+    num_threads: Annotated[int | None, typer.Option(help="Compute threads. Default: the CPUs this process may use.")] = None,
+    output: Output = None,
+) -> None:
+    """The prefill attention kernel against torch's SDPA and the bf16 GEMM peak."""
+    from zen_turbo.bench import attention
+
+    attention.run(
+        lengths=integers(length, "length"),
+        heads=heads.split(","),
+        head_dims=integers(head_dim, "head_dim"),
+        repeats=repeats,
+        num_threads=num_threads,
+        output=output,
+    )
+
+
+@bench_app.command("prefill")
+@engine_options
+def bench_prefill(
+    model: Model = DEFAULT_MODEL,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas; 8K is 8192.")] = "4096,16384",
+    repeats: Annotated[int, typer.Option(help="Runs of each length; the figures are the median run's.")] = 1,
+    text: Annotated[Path | None, typer.Option(help="File or folder to read. Default: the Python standard library.")] = None,
+    output: Output = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Time to first token of real text, and where it goes."""
+    from zen_turbo.bench import prefill
+
+    prefill.run(model=model, lengths=integers(lengths, "lengths"), config=config, repeats=repeats, text=text, output=output)
+
+
+@eval_app.command("passkey")
+@engine_options
+def eval_passkey(
+    model: Model = DEFAULT_MODEL,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas; 8K is 8192.")] = "8192,16384",
+    depths: Annotated[int, typer.Option(help="Depths of the key, evenly from 0 to 100 percent.")] = 11,
+    seeds: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 1,
+    share_prefix: Annotated[bool, typer.Option(help="Reuse the pages of what prompts have in common.")] = True,
+    resume: Annotated[Path | None, typer.Option(help="Journal of finished rows. Default: beside --output.")] = None,
+    output: Output = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Find one sentence at any depth of a long prompt."""
+    from zen_turbo.evals import passkey
+
+    passkey.run(
+        model=model,
+        lengths=integers(lengths, "lengths"),
+        depths=depths,
+        seeds=seeds,
+        config=config,
+        share_prefix=share_prefix,
+        resume=resume,
+        output=output,
+    )

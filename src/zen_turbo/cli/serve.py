@@ -1,0 +1,53 @@
+"""``zen-turbo serve``: the OpenAI endpoint."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Annotated
+
+import typer
+
+from zen_turbo.cli.ask import DEFAULT_MODEL, MODEL_HELP, load_llm
+from zen_turbo.cli.engine_flags import engine_options
+from zen_turbo.config import EngineConfig
+from zen_turbo.errors import ConfigurationError
+
+
+@engine_options
+def serve(
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="Name clients use. Default: the model's own.")] = None,
+    default_max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens, of a request that names no limit.")] = 4096,
+    keep_alive_s: Annotated[float, typer.Option(min=0.05, help="Seconds of silence after which a stream sends a comment.")] = 15.0,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Serve a model behind the OpenAI API."""
+    import uvicorn
+
+    from zen_turbo.server.app import create_app
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Open the port first: whoever waits for the model can ask /health, and a taken port is known before minutes of loading.
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigurationError(f"{host}:{port} cannot be listened on: {error.strerror}.", param="port") from error
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app = create_app(
+        lambda: load_llm(model, config).engine,
+        model_name=served_model_name or model,
+        keep_alive_s=keep_alive_s,
+        default_max_tokens=default_max_tokens,
+        on_failure=stop,
+    )
+    server = uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=5))
+    server.run(sockets=[listener])
+    if app.state.zen_turbo.failure is not None:
+        raise app.state.zen_turbo.failure

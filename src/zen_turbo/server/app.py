@@ -1,0 +1,194 @@
+"""The HTTP application: routes, and the engine's life behind them.
+
+The port opens before the model is loaded; until then /health says 503 and requests are refused with ``loading``. Everything that can be
+refused (schema, model, template, length, memory) is refused before the first byte of an answer, because clients cannot tell errors apart
+later. Bodies of several megabytes are parsed and tokenised in a worker thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from zen_turbo import __version__
+from zen_turbo.engine.engine import Engine
+from zen_turbo.engine.request import RequestOutput, SamplingParams
+from zen_turbo.engine.service import EngineService, RequestStream
+from zen_turbo.errors import ModelNotFoundError
+from zen_turbo.server import errors
+from zen_turbo.server.chat import Reply, stream_body, whole_answer
+from zen_turbo.server.errors import LoadingError
+from zen_turbo.server.schemas import ChatRequest, parse_chat_request
+
+logger = logging.getLogger("zen_turbo.server")
+
+DEFAULT_MAX_TOKENS = 4096
+
+
+class ServedModel:
+    """The engine behind the routes. ``failure``: why loading ended without one."""
+
+    def __init__(self, load: Callable[[], Engine], name: str, on_failure: Callable[[], None]) -> None:
+        self.name = name
+        self.created = int(time.time())
+        self.failure: Exception | None = None
+        self._load = load
+        self._on_failure = on_failure
+        self._service: EngineService | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="zen-turbo-load", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            engine = self._load()
+        except Exception as error:
+            self.failure = error
+            self._on_failure()
+            return
+        with self._lock:
+            if not self._closed:
+                self._service = EngineService(engine)
+                logger.info("%s is ready, up to %d tokens", self.name, engine.max_model_len)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            service, self._service = self._service, None
+        if service is not None:
+            service.close()
+
+    @property
+    def ready(self) -> bool:
+        return self._service is not None
+
+    @property
+    def service(self) -> EngineService:
+        """Raises LoadingError while there is none."""
+        if self._service is None:
+            raise LoadingError(f"{self.name} is being loaded.")
+        return self._service
+
+    @property
+    def engine(self) -> Engine:
+        engine = self.service.engine
+        assert isinstance(engine, Engine)
+        return engine
+
+
+def create_app(
+    load: Callable[[], Engine],
+    *,
+    model_name: str,
+    keep_alive_s: float = 15.0,
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
+    on_failure: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """``load`` runs in a thread when the application starts; ``on_failure`` is called in it if it raises, and ``app.state.zen_turbo.failure``
+    then holds the exception. ``default_max_tokens``: longest answer of a request that names no limit."""
+    served = ServedModel(load, model_name, on_failure)
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        served.start()
+        yield
+        await asyncio.to_thread(served.close)
+
+    app = FastAPI(title="zen-turbo", version=__version__, lifespan=life)
+    app.state.zen_turbo = served
+    errors.install(app)
+
+    def card() -> dict[str, Any]:
+        limit = served.engine.max_model_len
+        facts = {"max_model_len": limit, "context_length": limit}
+        return {"id": served.name, "object": "model", "created": served.created, "owned_by": "zen-turbo", **facts}
+
+    @app.get("/health")
+    async def health() -> Response:
+        if not served.ready:
+            return errors.error_response(LoadingError(f"{served.name} is being loaded."))
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _check_model(name, served.name)
+        return card()
+
+    def admit(body: bytes, request_id: str) -> tuple[ChatRequest, RequestStream]:
+        service = served.service
+        chat = parse_chat_request(body)
+        _check_model(chat.model, served.name)
+        sampling = chat.sampling(default_max_tokens)
+        prompt = served.engine.chat_template.encode(chat.messages, **chat.template_options())
+        if chat.max_tokens is None and chat.max_completion_tokens is None:
+            sampling = _shorten(sampling, served.engine.max_model_len - len(prompt))
+        return chat, service.submit(prompt, sampling, request_id=request_id)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        headers = {"X-Request-Id": request.headers.get("X-Request-Id", request_id)}
+        chat, stream = await asyncio.to_thread(admit, await request.body(), request_id)
+        reply = Reply(
+            request_id=request_id,
+            model=served.name,
+            include_usage=chat.include_usage,
+            return_progress=bool(chat.return_progress),
+        )
+        if chat.stream:
+            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            body = stream_body(stream, reply, keep_alive_s=chat.sse_ping_interval or keep_alive_s)
+            return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+        output = await _unless_disconnected(request, stream)
+        if output is None:
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(reply.completion(output), headers=headers)
+
+    return app
+
+
+def _check_model(name: str | None, served: str) -> None:
+    if name is not None and name != served:
+        raise ModelNotFoundError(f"The model {name!r} is not served here; {served!r} is.", param="model")
+
+
+def _shorten(sampling: SamplingParams, room: int) -> SamplingParams:
+    """A default is not a wish: where the context ends earlier, so does the default."""
+    if sampling.max_tokens is None or room >= sampling.max_tokens or room < 1:
+        return sampling
+    return dataclasses.replace(sampling, max_tokens=room)
+
+
+async def _unless_disconnected(request: Request, stream: RequestStream) -> RequestOutput | None:
+    """The answer, or None if the client left first; the request is then cancelled."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer = asyncio.ensure_future(whole_answer(stream))
+    leaving = asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        return None
+    finally:
+        for task in (answer, leaving):
+            task.cancel()
