@@ -38,6 +38,14 @@ def small_model_path() -> Path:
     return _resolve("smollm2-135m-instruct")
 
 
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2 with a chat template, trained window 512: DCA spans of 384 tokens."""
+    import tiny
+
+    return tiny.save(tiny.model("qwen2", max_position_embeddings=512), tmp_path_factory.mktemp("tiny"))
+
+
 def _resolve(name: str) -> Path:
     from zen_turbo.models.catalogue import resolve_model
 

@@ -292,13 +292,13 @@ def _attend_args(
     num_rows, num_heads, head_dim = first.shape
     num_blocks = -(-num_rows // PAGE_TOKENS)
     offsets, entries, heads_per_list = lists
+    _need(heads_per_list > 0 and num_heads % heads_per_list == 0, "heads_per_list must divide the query heads")
     num_lists = num_heads // heads_per_list
     _need(out.shape == first.shape and out.dtype == first.dtype and out.stride(2) == 1, "out must look like the queries")
     _need(offsets.dtype == torch.int64 and entries.dtype == torch.int32, "offsets must be int64, entries int32")
     _need(offsets.is_contiguous() and entries.is_contiguous(), "offsets and entries must be contiguous")
     _need(offsets.numel() == num_lists * num_blocks + 1, f"{num_lists} lists of {num_blocks} blocks need that product + 1 offsets")
     _need(int(offsets[0]) == 0 and int(offsets[-1]) == entries.numel() > 0, "offsets must run from 0 to the number of entries")
-    _need(num_heads % heads_per_list == 0, "heads_per_list must divide the query heads")
     _need(num_heads % kv.pages.shape[1] == 0, "num_key_value_heads must divide the query heads")
     # Entries ascend within a block, so the last one of each block bounds them; blocks of all lists end at offsets[1:].
     last = int(entries[(offsets[1:] - 1).clamp_min(0)].max()) >> 2

@@ -26,7 +26,7 @@ from zen_turbo.attention.attend import Attention, ChunkPlan
 from zen_turbo.attention.dca import DualChunk
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import EngineConfig
-from zen_turbo.errors import RequestCancelledError
+from zen_turbo.errors import RequestCancelledError, UnsupportedModelError
 from zen_turbo.kernels import PageView
 from zen_turbo.models.config import ModelConfig
 from zen_turbo.models.linear import TILE_ROWS, Linear
@@ -72,6 +72,9 @@ class Decoder:
 
     def __init__(self, checkpoint: Checkpoint, engine_config: EngineConfig, *, on_layer: Callable[[int, int], None] | None = None) -> None:
         config = checkpoint.config
+        if config.head_dim not in kernels.HEAD_DIMS:
+            supported = ", ".join(map(str, kernels.HEAD_DIMS))
+            raise UnsupportedModelError(f"head_dim {config.head_dim} is not supported (only {supported}).")
         self.config = config
         self.dtype = TORCH_DTYPES[engine_config.dtype]
         self.dual_chunk = dual_chunk_of(config, engine_config)

@@ -18,7 +18,8 @@ from zen_turbo.errors import InvalidRequestError, UnsupportedParameterError
 logger = logging.getLogger("zen_turbo.server")
 
 _IGNORED = frozenset(
-    ("user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "verbosity", "parallel_tool_calls", "cache_prompt", "reasoning_effort", "timings_per_token")
+    """user metadata store service_tier prompt_cache_key prompt_cache_retention safety_identifier verbosity parallel_tool_calls cache_prompt
+    reasoning_effort timings_per_token""".split()
 )
 
 # Field -> whether its value asks for nothing.
