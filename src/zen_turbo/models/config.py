@@ -142,10 +142,20 @@ _HARMLESS = frozenset(
 )
 
 
-def _positive(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise UnsupportedModelError(f"{name} must be a positive integer, not {value!r}.")
+_MAX_SIZE, _MAX_LAYERS = 1 << 31, 1 << 14  # beyond any model; a config may not make us build lists of its choice
+
+
+def _positive(name: str, value: Any, *, most: int = _MAX_SIZE) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise UnsupportedModelError(f"{name} must be a positive integer of at most {most}, not {str(value)[:50]!r}.")
     return value
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
 
 
 class _Keys:
@@ -155,14 +165,23 @@ class _Keys:
         self._values = dict(values)
         self._where = where
 
-    def take(self, name: str, default: Any = None) -> Any:
+    def take(self, name: str, default: Any = None, *, kind: type | tuple[type, ...] = object) -> Any:
+        """The value, or ``default`` where it is missing or null. Raises UnsupportedModelError for a value of another kind; float takes
+        finite integers too."""
         value = self._values.pop(name, None)
-        return default if value is None else value
+        if value is None:
+            return default
+        wrong = not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind in (int, float))
+        if wrong or (kind is float and not math.isfinite(_as_float(value))):
+            wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise UnsupportedModelError(f"{self._where}: {name} must be {wanted}, not {str(value)[:50]!r}.")
+        return value
 
-    def need(self, name: str) -> Any:
-        if self._values.get(name) is None:
+    def need(self, name: str, *, kind: type | tuple[type, ...] = object) -> Any:
+        value = self.take(name, kind=kind)
+        if value is None:
             raise UnsupportedModelError(f"{self._where} lacks {name}.")
-        return self._values.pop(name)
+        return value
 
     def expect(self, name: str, allowed: Any, *, default: Any = None) -> None:
         """Take a key that has only one value we can run."""
@@ -178,6 +197,8 @@ class _Keys:
 
 def family_of(config: Mapping[str, Any], where: str) -> str:
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise UnsupportedModelError(f"{where}: architectures must be a list, not {str(names)[:50]!r}.")
     model_type = config.get("model_type")
     for family, row in FAMILIES.items():
         if (names and names[0] in row["classes"]) or (not names and model_type == family):
@@ -195,14 +216,14 @@ def from_huggingface(config: Mapping[str, Any], generation_config: Mapping[str, 
     keys = _Keys(config, where)
     keys.take("architectures")
     keys.take("model_type")
-    num_layers = _positive("num_hidden_layers", keys.need("num_hidden_layers"))
+    num_layers = _positive("num_hidden_layers", keys.need("num_hidden_layers"), most=_MAX_LAYERS)
     num_heads = _positive("num_attention_heads", keys.need("num_attention_heads"))
     hidden_size = _positive("hidden_size", keys.need("hidden_size"))
     max_positions = _positive("max_position_embeddings", keys.need("max_position_embeddings"))
     keys.expect("hidden_act", "silu")
     keys.expect("partial_rotary_factor", 1.0)
     keys.expect("rope_interleaved", False)
-    attention_bias = bool(keys.take("attention_bias", False))
+    attention_bias = bool(keys.take("attention_bias", False, kind=bool))
     qkv_bias = row["qkv_bias"] if row["qkv_bias"] is not None else attention_bias
     window, sliding_layers = _windows(keys, family, num_layers)
     rope = _rope(keys, max_positions, where)
@@ -211,6 +232,8 @@ def from_huggingface(config: Mapping[str, Any], generation_config: Mapping[str, 
     generation = generation_config or {}
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     keys.take("eos_token_id")
+    if eos is not None and not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos])):
+        raise UnsupportedModelError(f"{where}: eos_token_id must be an integer or a list of them, not {str(eos)[:50]!r}.")
     result = ModelConfig(
         architecture=family,
         num_hidden_layers=num_layers,
@@ -220,21 +243,21 @@ def from_huggingface(config: Mapping[str, Any], generation_config: Mapping[str, 
         num_key_value_heads=_positive("num_key_value_heads", keys.take("num_key_value_heads", num_heads)),
         head_dim=_positive("head_dim", keys.take("head_dim", hidden_size // num_heads)),
         vocab_size=_positive("vocab_size", keys.need("vocab_size")),
-        rms_norm_eps=float(keys.need("rms_norm_eps")),
+        rms_norm_eps=float(keys.need("rms_norm_eps", kind=float)),
         rope=rope,
         max_position_embeddings=max_positions,
-        tie_word_embeddings=bool(keys.take("tie_word_embeddings", family == "smollm3")),
+        tie_word_embeddings=keys.take("tie_word_embeddings", family == "smollm3", kind=bool),
         qkv_bias=bool(qkv_bias),
         o_bias=row["qkv_bias"] is None and attention_bias,
-        mlp_bias=bool(keys.take("mlp_bias", False)),
+        mlp_bias=keys.take("mlp_bias", False, kind=bool),
         qk_norm=row["qk_norm"],
         sliding_window=window,
         sliding_layers=sliding_layers,
         no_rope_layers=no_rope,
         dca=dca,
         sparse_attention=sparse,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        bos_token_id=keys.take("bos_token_id"),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        bos_token_id=keys.take("bos_token_id", kind=int),
     )
     keys.finish(_HARMLESS)
     return result
@@ -242,12 +265,12 @@ def from_huggingface(config: Mapping[str, Any], generation_config: Mapping[str, 
 
 def _windows(keys: _Keys, family: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """The sliding window and the layers that have it. Qwen has one only with use_sliding_window, from layer max_window_layers on."""
-    window = keys.take("sliding_window")
-    switched_on = keys.take("use_sliding_window", family == "mistral")
-    first = keys.take("max_window_layers", 0 if family == "mistral" else num_layers)
-    layer_types = keys.take("layer_types")
+    window = keys.take("sliding_window", kind=int)
+    switched_on = keys.take("use_sliding_window", family == "mistral", kind=bool)
+    first = keys.take("max_window_layers", 0 if family == "mistral" else num_layers, kind=int)
+    layer_types = keys.take("layer_types", kind=list)
     if layer_types is not None:
-        unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+        unknown = set(map(str, layer_types)) - {"full_attention", "sliding_attention"}
         if unknown:
             raise UnsupportedModelError(f"layer_types names {', '.join(sorted(unknown))}, which is not supported.")
         layers = tuple(kind == "sliding_attention" for kind in layer_types)
@@ -261,17 +284,17 @@ def _windows(keys: _Keys, family: str, num_layers: int) -> tuple[int | None, tup
 
 def _rope(keys: _Keys, max_positions: int, where: str) -> RopeConfig:
     """Both spellings: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``."""
-    theta = keys.take("rope_theta")
-    parameters = {**keys.take("rope_scaling", {}), **keys.take("rope_parameters", {})}
+    theta = keys.take("rope_theta", kind=float)
+    parameters = {**keys.take("rope_scaling", {}, kind=dict), **keys.take("rope_parameters", {}, kind=dict)}
     rope = _Keys(parameters, f"{where} rope parameters")
     kind = rope.take("rope_type") or rope.take("type") or "default"
     rope.take("type")
-    theta = rope.take("rope_theta", theta) or 10000.0
+    theta = rope.take("rope_theta", theta, kind=float) or 10000.0
     rope.expect("partial_rotary_factor", 1.0)
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
         raise UnsupportedModelError(f"{where}: rope type {kind!r} is not supported (default, linear, dynamic, llama3, yarn are).")
-    factor = float(rope.take("factor", 1.0))
-    original = rope.take("original_max_position_embeddings")
+    factor = float(rope.take("factor", 1.0, kind=float))
+    original = rope.take("original_max_position_embeddings", kind=(int, float))
     if kind in ("yarn", "llama3") and original is None:
         original = max_positions
     if kind == "dynamic" and original is None:
@@ -281,14 +304,14 @@ def _rope(keys: _Keys, max_positions: int, where: str) -> RopeConfig:
         theta=float(theta),
         factor=factor,
         original_max_position_embeddings=original,
-        low_freq_factor=float(rope.take("low_freq_factor", 1.0)),
-        high_freq_factor=float(rope.take("high_freq_factor", 4.0)),
-        beta_fast=float(rope.take("beta_fast", 32.0)),
-        beta_slow=float(rope.take("beta_slow", 1.0)),
-        attention_factor=rope.take("attention_factor"),
-        mscale=rope.take("mscale"),
-        mscale_all_dim=rope.take("mscale_all_dim"),
-        truncate=rope.take("truncate", True),
+        low_freq_factor=float(rope.take("low_freq_factor", 1.0, kind=float)),
+        high_freq_factor=float(rope.take("high_freq_factor", 4.0, kind=float)),
+        beta_fast=float(rope.take("beta_fast", 32.0, kind=float)),
+        beta_slow=float(rope.take("beta_slow", 1.0, kind=float)),
+        attention_factor=rope.take("attention_factor", kind=float),
+        mscale=rope.take("mscale", kind=float),
+        mscale_all_dim=rope.take("mscale_all_dim", kind=float),
+        truncate=rope.take("truncate", True, kind=bool),
     )
     rope.finish()
     if not math.isfinite(result.theta) or result.theta <= 0 or result.factor <= 0:
@@ -298,7 +321,7 @@ def _rope(keys: _Keys, max_positions: int, where: str) -> RopeConfig:
 
 def _dual_chunk(keys: _Keys, where: str) -> tuple[DualChunkConfig | None, Mapping[str, Any] | None]:
     """The published 1M checkpoints' own section; its sparse part is kept for the policy that reads it."""
-    section = keys.take("dual_chunk_attention_config")
+    section = keys.take("dual_chunk_attention_config", kind=dict)
     if section is None:
         return None, None
     inner = _Keys(section, f"{where} dual_chunk_attention_config")
@@ -317,8 +340,8 @@ def _dual_chunk(keys: _Keys, where: str) -> tuple[DualChunkConfig | None, Mappin
 
 def _no_rope_layers(keys: _Keys, num_layers: int, family: str) -> tuple[bool, ...]:
     """SmolLM3: ``no_rope_layers`` has 1 where a layer rotates; without it every ``no_rope_layer_interval``-th layer does not."""
-    flags = keys.take("no_rope_layers")
-    interval = keys.take("no_rope_layer_interval", 4 if family == "smollm3" else None)
+    flags = keys.take("no_rope_layers", kind=list)
+    interval = keys.take("no_rope_layer_interval", 4 if family == "smollm3" else None, kind=int)
     if flags is not None:
         return tuple(not flag for flag in flags)
     if interval is None:
@@ -351,7 +374,7 @@ def from_gguf(
     keys = _Keys(own, where)
     num_heads = _positive("attention.head_count", keys.need("attention.head_count"))
     hidden_size = _positive("embedding_length", keys.need("embedding_length"))
-    num_layers = _positive("block_count", keys.need("block_count"))
+    num_layers = _positive("block_count", keys.need("block_count"), most=_MAX_LAYERS)
     context = _positive("context_length", keys.need("context_length"))
     head_dim = _positive("attention.key_length", keys.take("attention.key_length", hidden_size // num_heads))
     keys.expect("attention.value_length", head_dim)
@@ -372,7 +395,7 @@ def from_gguf(
         num_key_value_heads=_positive("attention.head_count_kv", keys.take("attention.head_count_kv", num_heads)),
         head_dim=head_dim,
         vocab_size=embedding[0],
-        rms_norm_eps=float(keys.need("attention.layer_norm_rms_epsilon")),
+        rms_norm_eps=float(keys.need("attention.layer_norm_rms_epsilon", kind=float)),
         rope=_gguf_rope(keys, context, frequency_factors, where),
         max_position_embeddings=context,
         tie_word_embeddings="lm_head.weight" not in tensor_shapes,
@@ -383,12 +406,21 @@ def from_gguf(
         sliding_window=_positive("attention.sliding_window", window) if window else None,
         no_rope_layers=tuple((layer + 1) % 4 == 0 for layer in range(num_layers)) if architecture == "smollm3" else (),
         eos_token_ids=tuple(
-            int(metadata[name]) for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if name in metadata
+            token
+            for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+            if (token := _token_id(metadata, name)) is not None
         ),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=_token_id(metadata, "tokenizer.ggml.bos_token_id"),
     )
     keys.finish()
     return result
+
+
+def _token_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    value = metadata.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise UnsupportedModelError(f"GGUF metadata: {name} must be an integer, not {str(value)[:50]!r}.")
+    return value
 
 
 def _gguf_rope(keys: _Keys, context: int, frequency_factors: tuple[float, ...] | None, where: str) -> RopeConfig:
@@ -398,11 +430,11 @@ def _gguf_rope(keys: _Keys, context: int, frequency_factors: tuple[float, ...] |
     keys.expect("rope.scaling.finetuned", True, default=True) if kind == "none" else keys.take("rope.scaling.finetuned")
     return RopeConfig(
         kind="default" if kind == "none" else kind,
-        theta=float(keys.take("rope.freq_base", 10000.0)),
-        factor=float(keys.take("rope.scaling.factor", 1.0)),
-        original_max_position_embeddings=keys.take("rope.scaling.original_context_length", context),
-        attention_factor=keys.take("rope.scaling.attn_factor"),
-        beta_fast=float(keys.take("rope.scaling.yarn_beta_fast", 32.0)),
-        beta_slow=float(keys.take("rope.scaling.yarn_beta_slow", 1.0)),
+        theta=float(keys.take("rope.freq_base", 10000.0, kind=float)),
+        factor=float(keys.take("rope.scaling.factor", 1.0, kind=float)),
+        original_max_position_embeddings=keys.take("rope.scaling.original_context_length", context, kind=int),
+        attention_factor=keys.take("rope.scaling.attn_factor", kind=float),
+        beta_fast=float(keys.take("rope.scaling.yarn_beta_fast", 32.0, kind=float)),
+        beta_slow=float(keys.take("rope.scaling.yarn_beta_slow", 1.0, kind=float)),
         frequency_factors=frequency_factors,
     )
