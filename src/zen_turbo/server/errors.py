@@ -47,21 +47,27 @@ def error_response(error: Exception) -> JSONResponse:
     return JSONResponse(error_body(error), status, headers)
 
 
+def answer_to(request: Request, error: Exception) -> JSONResponse:
+    """The response to a failed request; what was not foreseen goes to the log with its traceback."""
+    if not isinstance(error, ZenTurboError):
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(error)
+
+
 def install(app: FastAPI) -> None:
     """Every failure of a route leaves in the same shape."""
 
     @app.exception_handler(ZenTurboError)
     async def _known(request: Request, error: ZenTurboError) -> JSONResponse:
-        return error_response(error)
+        return answer_to(request, error)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path}: {error.detail}."
         body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
         return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def _unknown(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return error_response(error)
+        return answer_to(request, error)

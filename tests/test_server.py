@@ -1,0 +1,343 @@
+"""The OpenAI endpoint over a real socket with the real ``openai`` client; the model is a tiny random one."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from zen_turbo import LLM
+from zen_turbo.engine.engine import Engine
+from zen_turbo.engine.request import SamplingParams
+from zen_turbo.errors import CheckpointError
+from zen_turbo.server.app import create_app
+from zen_turbo.server.chat import EMPTY_CHUNK_AFTER_S
+
+NAME = "tiny"
+HELLO = [{"role": "user", "content": "The grass is green."}]
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Gives the base URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+def wait_until(condition: Any, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path) -> Engine:
+    return LLM(tiny_folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=4096).engine
+
+
+@pytest.fixture(scope="module")
+def url(engine: Engine) -> Iterator[str]:
+    app = create_app(lambda: engine, model_name=NAME, keep_alive_s=0.2, default_max_tokens=32)
+    with serving(app) as base:
+        wait_until(lambda: httpx.get(f"{base}/health").status_code == 200)
+        yield base
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as result:
+        yield result
+
+
+def chat(client: openai.OpenAI, **values: Any) -> Any:
+    return client.chat.completions.create(**{"model": NAME, "messages": HELLO, "temperature": 0, "max_tokens": 8, **values})
+
+
+def test_models(client: openai.OpenAI, url: str) -> None:
+    (model,) = client.models.list().data
+    assert (model.id, model.object, model.model_extra) == (NAME, "model", {"max_model_len": 4096, "context_length": 4096})
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("other/model")
+    assert caught.value.code == "model_not_found"
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+def test_an_answer_is_the_engines(client: openai.OpenAI, tiny_folder: Path) -> None:
+    llm = LLM(tiny_folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=4096)
+    expected = llm.chat(HELLO, SamplingParams(temperature=0.0, max_tokens=8))
+    answer = chat(client)
+    choice = answer.choices[0]
+    assert answer.id.startswith("chatcmpl-") and answer.object == "chat.completion" and answer.model == NAME
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", expected.text, "length")
+    assert answer.usage.prompt_tokens == expected.prompt_tokens
+    assert answer.usage.completion_tokens == len(expected.token_ids)
+    assert answer.usage.total_tokens == expected.prompt_tokens + len(expected.token_ids)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+    assert answer.model_extra["zen_turbo"]["density"] == 1.0
+
+
+def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
+    whole = chat(client, max_tokens=20)
+    chunks = list(chat(client, max_tokens=20, stream=True, stream_options={"include_usage": True}))
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    without = list(chat(client, max_tokens=20, stream=True))
+    assert all(chunk.usage is None and chunk.choices for chunk in without)
+
+
+def test_the_bytes_of_a_stream(url: str) -> None:
+    body = {"model": NAME, "messages": HELLO, "stream": True, "max_tokens": 3}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"X-Request-Id": "mine"}, timeout=60)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache" and response.headers["x-accel-buffering"] == "no"
+    assert response.headers["x-request-id"] == "mine"
+    events = [block for block in response.text.split("\n\n") if block and not block.startswith(":")]
+    assert events[-1] == "data: [DONE]"
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "chat.completion.chunk" for event in events[:-1])
+
+
+def test_a_stop_string_and_sampling_reach_the_engine(client: openai.OpenAI) -> None:
+    free = chat(client, max_tokens=20).choices[0].message.content
+    stopped = chat(client, max_tokens=20, stop=[free[4:7], "never"]).choices[0]
+    assert stopped.message.content == free[: free.index(free[4:7])] and stopped.finish_reason == "stop"
+    sampled = {chat(client, temperature=1.8, seed=seed, max_completion_tokens=12).choices[0].message.content for seed in (1, 1, 2)}
+    assert len(sampled) == 2
+    assert chat(client, max_tokens=5, max_completion_tokens=7).usage.completion_tokens == 7
+    only = chat(client, temperature=1.5, extra_body={"top_k": 1, "min_p": 0.1}).choices[0].message.content
+    assert only == chat(client).choices[0].message.content
+
+
+def test_cached_tokens_are_reported(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "Here we go. There and back again. " * 40}]
+    chat(client, messages=messages)
+    again = chat(client, messages=messages)
+    details = again.usage.prompt_tokens_details
+    assert details.cached_tokens == again.usage.prompt_tokens // 128 * 128 > 0
+
+
+def test_progress_on_request(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "Something not seen before. " * 60}]
+    chunks = list(chat(client, messages=messages, stream=True, extra_body={"return_progress": True}))
+    progress = [chunk.model_extra["prompt_progress"] for chunk in chunks if "prompt_progress" in (chunk.model_extra or {})]
+    assert set(progress[0]) == {"total", "cache", "processed", "time_ms"}
+    assert progress[0]["processed"] == progress[0]["cache"] and progress[-1]["processed"] == progress[-1]["total"]
+    assert len(progress) > 3
+    quiet = chat(client, messages=messages, stream=True)
+    assert not any("prompt_progress" in (chunk.model_extra or {}) for chunk in quiet)
+
+
+# Errors
+
+
+def refused(client: openai.OpenAI, kind: type[openai.APIStatusError], **values: Any) -> dict[str, Any]:
+    with pytest.raises(kind) as caught:
+        chat(client, **values)
+    body = caught.value.body
+    assert isinstance(body, dict) and {"message", "type", "param", "code"} <= set(body)
+    return body
+
+
+def test_a_prompt_that_is_too_long(client: openai.OpenAI) -> None:
+    long = [{"role": "user", "content": "x y z " * 3000}]
+    body = refused(client, openai.BadRequestError, messages=long)
+    assert (body["code"], body["type"], body["param"]) == ("context_length_exceeded", "invalid_request_error", "messages")
+    assert body["n_ctx"] == 4096 < body["n_prompt_tokens"]
+    assert body["message"].startswith("This model's maximum context length is 4096 tokens. However, your messages resulted in ")
+    assert str(body["n_prompt_tokens"]) in body["message"]
+    assert refused(client, openai.BadRequestError, messages=long, stream=True)["code"] == "context_length_exceeded"
+
+
+def test_a_body_of_many_megabytes_is_read(client: openai.OpenAI) -> None:
+    """A million tokens of text are 4 to 6 MB: no layer below may have a smaller limit."""
+    body = refused(client, openai.BadRequestError, messages=[{"role": "user", "content": "The sky is blue. " * 250_000}])
+    assert body["code"] == "context_length_exceeded" and body["n_prompt_tokens"] > 500_000
+
+
+def test_a_default_of_max_tokens_ends_where_the_context_does(client: openai.OpenAI) -> None:
+    """No limit named: the default of 32 would not fit behind this prompt, and that is no reason to refuse."""
+    pad = {"role": "user", "content": "x"}
+    unit = 6
+    used = chat(client, messages=[pad]).usage.prompt_tokens
+    messages = [{"role": "user", "content": "x" + "\x00" * (4096 - used - unit)}]
+    answer = client.chat.completions.create(model=NAME, messages=messages, temperature=0, extra_body={"ignore_eos": True})  # type: ignore[arg-type]
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 4096 and answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "code"),
+    [
+        ({"messages": []}, "messages", "empty_prompt"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages", "empty_prompt"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages", "invalid_request"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages", "invalid_request"),
+        ({"temperature": -1}, "temperature", "invalid_request"),
+        ({"top_p": 7}, "top_p", "invalid_request"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_request"),
+        ({"max_tokens": "many"}, "max_tokens", "invalid_request"),
+        ({"n": 2}, "n", "unsupported_parameter"),
+        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+        ({"logit_bias": {"5": 10}}, "logit_bias", "unsupported_parameter"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
+        ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template", "unsupported_parameter"),
+        ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "chat_template_kwargs", "invalid_request"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, values: dict[str, Any], param: str, code: str) -> None:
+    body = refused(client, openai.BadRequestError, **values)
+    assert (body["param"], body["code"]) == (param, code)
+
+
+def test_neutral_and_unknown_fields_are_accepted(client: openai.OpenAI) -> None:
+    chat(
+        client,
+        n=1,
+        logprobs=False,
+        presence_penalty=0,
+        frequency_penalty=0,
+        logit_bias={},
+        response_format={"type": "text"},
+        user="me",
+        metadata={"a": "b"},
+        store=False,
+        service_tier="auto",
+        extra_body={"something_new": 1, "top_k": -1, "repetition_penalty": 1.0},
+    )
+
+
+def test_another_model_is_not_found(client: openai.OpenAI) -> None:
+    assert refused(client, openai.NotFoundError, model="gpt-5")["code"] == "model_not_found"
+
+
+def test_what_is_not_http_as_we_know_it(url: str) -> None:
+    for body, status in ((b"", 400), (b"{", 400), (b"[]", 400), (b"null", 400), (b'{"messages": 3}', 400), (b"\xff\xfe", 400)):
+        response = httpx.post(f"{url}/v1/chat/completions", content=body)
+        assert response.status_code == status
+        assert response.json()["error"]["code"] == "invalid_request"
+    assert httpx.get(f"{url}/v1/nothing").json()["error"]["code"] == "not_found"
+    wrong = httpx.get(f"{url}/v1/chat/completions")
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
+
+
+# Time: waiting, leaving, loading
+
+
+class Slowly:
+    """Makes every layer of the engine wait."""
+
+    def __init__(self, engine: Engine, seconds: float) -> None:
+        self._engine, self._seconds, self._layer = engine, seconds, engine.decoder._layer
+
+    def __enter__(self) -> None:
+        def layer(*args: Any) -> Any:
+            time.sleep(self._seconds)
+            return self._layer(*args)
+
+        self._engine.decoder._layer = layer  # type: ignore[method-assign]
+
+    def __exit__(self, *details: object) -> None:
+        self._engine.decoder._layer = self._layer  # type: ignore[method-assign]
+
+
+def test_silence_is_broken_by_comments(url: str, engine: Engine) -> None:
+    body = {"model": NAME, "messages": [{"role": "user", "content": "new " * 30}], "stream": True, "max_tokens": 1}
+    with Slowly(engine, 0.5):
+        text = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).text
+    assert text.count(": keep-alive\n\n") >= 2
+    assert EMPTY_CHUNK_AFTER_S == 60
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_cancels_its_request(url: str, engine: Engine, stream: bool) -> None:
+    body = {"model": NAME, "messages": HELLO, "stream": stream, "max_tokens": 3000, "ignore_eos": True}
+    with Slowly(engine, 0.01):
+        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=1.0) as http:
+            if stream:
+                with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+                    for number, _ in enumerate(response.iter_bytes()):
+                        if number == 3:
+                            raise httpx.ReadTimeout("we leave")
+            else:
+                http.post(f"{url}/v1/chat/completions", json=body)
+        wait_until(lambda: not engine.has_work())
+
+
+def test_two_at_once(client: openai.OpenAI) -> None:
+    prompts = [[{"role": "user", "content": text}] for text in ("The sky is blue.", "def add(a, b):")]
+    alone = [chat(client, messages=messages, max_tokens=24).choices[0].message.content for messages in prompts]
+    together: dict[int, str] = {}
+
+    def ask(index: int) -> None:
+        together[index] = chat(client, messages=prompts[index], max_tokens=24).choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[0], together[1]] == alone
+
+
+def test_a_fault_inside_says_nothing_of_the_inside(client: openai.OpenAI, engine: Engine) -> None:
+    forward = engine.decoder.forward
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("/secret/path")
+
+    engine.decoder.forward = faulty  # type: ignore[method-assign]
+    try:
+        body = refused(client, openai.InternalServerError)
+        with pytest.raises(openai.APIError, match="Internal error"):
+            list(chat(client, stream=True))
+    finally:
+        engine.decoder.forward = forward  # type: ignore[method-assign]
+    assert (body["code"], body["type"]) == ("internal_error", "server_error") and "secret" not in str(body)
+    assert chat(client).choices[0].message.content is not None
+
+
+def test_while_the_model_is_loaded(engine: Engine) -> None:
+    gate = threading.Event()
+
+    def load() -> Engine:
+        gate.wait(20)
+        raise CheckpointError("no good")
+
+    failed = threading.Event()
+    app = create_app(load, model_name=NAME, on_failure=failed.set)
+    with serving(app) as base:
+        health = httpx.get(f"{base}/health")
+        assert (health.status_code, health.json()["error"]["code"]) == (503, "loading")
+        assert health.headers["retry-after"] == "30"
+        refusal = httpx.post(f"{base}/v1/chat/completions", json={"messages": HELLO})
+        assert (refusal.status_code, refusal.json()["error"]["type"]) == (503, "unavailable_error")
+        gate.set()
+        assert failed.wait(10)
+    assert str(app.state.zen_turbo.failure) == "no good"
