@@ -63,8 +63,9 @@ def imports_at_run_time(source: str) -> Iterator[Import]:
             yield from (Import(name.name, node.lineno) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: import by absolute name"
-            if node.module == "zen_turbo":  # its names are rooms
-                yield from (Import(f"zen_turbo.{name.name}", node.lineno) for name in node.names)
+            if node.module == "zen_turbo":  # its names are rooms, but for those of the package itself (__version__)
+                names = ("zen_turbo" if name.name.startswith("__") else f"zen_turbo.{name.name}" for name in node.names)
+                yield from (Import(name, node.lineno) for name in names)
             else:
                 yield Import(node.module or "", node.lineno)
         pending += ast.iter_child_nodes(node)

