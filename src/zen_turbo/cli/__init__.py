@@ -1,7 +1,7 @@
 """The command ``zen-turbo``: verbs, and what happens when one fails.
 
 Answers and tables go to standard output, everything else to standard error. A user's mistake is one line, ``error [code]: message``, and exit
-status 1; a wrong flag is status 2; an interrupt is 130. ``--debug`` (or ZEN_TURBO_DEBUG=1) shows the traceback.
+status 1; a wrong flag is status 2; an interrupt is 130 (both typer's). ``--debug`` (or ZEN_TURBO_DEBUG=1) shows the traceback.
 """
 
 from __future__ import annotations
@@ -59,9 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its status."""
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="zen-turbo")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # whoever read our output has left; Python must not write to it again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

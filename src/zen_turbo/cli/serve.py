@@ -13,6 +13,8 @@ from zen_turbo.cli.engine_flags import engine_options
 from zen_turbo.config import EngineConfig
 from zen_turbo.errors import ConfigurationError
 
+logger = logging.getLogger("zen_turbo.server")
+
 
 @engine_options
 def serve(
@@ -36,6 +38,10 @@ def serve(
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigurationError(f"{host}:{port} cannot be listened on: {error.strerror}.", param="port") from error
+
+    # uvicorn names a socket that it is given by its tuple; people want something to click on, and --port 0 has to be told.
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("listening on http://%s:%d, loading %s", shown, listener.getsockname()[1], served_model_name or model)
 
     def stop() -> None:
         server.should_exit = True

@@ -1,0 +1,298 @@
+"""The command line as users run it: exit status, what goes to which stream, the last line, and mistakes. The model is a tiny random one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import openai
+import pytest
+
+from zen_turbo.cli import main
+from zen_turbo.config import EngineConfig
+from zen_turbo.models.catalogue import CATALOGUE, cached_path
+
+ROOM = ("--kv-cache-bytes", str(64 << 20), "--prefill-chunk-tokens", "128", "--max-model-len", "2048")
+COMMAND = (sys.executable, "-m", "zen_turbo")
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.delenv("ZEN_TURBO_DEBUG", raising=False)
+
+    def call(*arguments: str | Path) -> Ran:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        code = caught.value.code
+        return Ran(code if isinstance(code, int) else int(code is not None), *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    path = tmp_path / "notes.txt"
+    path.write_text("The sky is blue. The sun is yellow.\n" * 5)
+    return path
+
+
+# ask
+
+
+def test_the_answer_is_all_of_standard_output(run: Any, tiny_folder: Path, document: Path) -> None:
+    first = run("ask", "What is blue?", document, "--model", tiny_folder, "--max-tokens", "8", *ROOM)
+    again = run("ask", "What is blue?", document, "--model", tiny_folder, "--max-tokens", "8", *ROOM)
+    assert first.status == 0
+    assert first.out == again.out, "greedy"
+    assert "document(s)" in first.err and "first token after" in first.err
+    assert re.search(r"prompt [\d,]+ tokens.*answer \d+ tokens.*attention dense on \w+.*peak memory", first.err)
+    assert "first token" not in first.out
+
+
+def test_a_folder_is_read_and_what_was_left_out_is_said(run: Any, tiny_folder: Path, document: Path) -> None:
+    (document.parent / "picture.bin").write_bytes(b"\x00\xff\xfe")
+    ran = run("ask", "What is blue?", document.parent, "--model", tiny_folder, "--max-tokens", "2", *ROOM)
+    assert ran.status == 0
+    assert "1 files were left out" in ran.err and "picture.bin" in ran.err
+    assert "1 document(s)" in ran.err
+
+
+def test_an_answer_cut_off_says_so(run: Any, tiny_folder: Path, document: Path) -> None:
+    ran = run("ask", "What is blue?", document, "--model", tiny_folder, "--max-tokens", "1", *ROOM)
+    assert "reached --max-tokens" in ran.err
+
+
+def expect_mistake(ran: Ran, code: str, *words: str) -> None:
+    assert ran.status == 1
+    assert f"error [{code}]: " in ran.err
+    for word in words:
+        assert word in ran.err
+    assert "Traceback" not in ran.err + ran.out
+    assert ran.out.strip() == ""
+
+
+def test_mistakes_are_one_line_with_a_code(run: Any, tiny_folder: Path, document: Path, tmp_path: Path) -> None:
+    binary = tmp_path / "program"
+    binary.write_bytes(b"\x7fELF\x02\x01\x01\x00" * 100)
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    ask = ("ask", "What is blue?")
+    model = ("--model", tiny_folder)
+    expect_mistake(run(*ask, tmp_path / "missing.txt", *model), "document_not_found", "missing.txt")
+    expect_mistake(run(*ask, binary, *model), "binary_document", "program")
+    expect_mistake(run(*ask, empty, *model), "unreadable_document", "empty.txt")
+    expect_mistake(run("ask", "  ", document, *model), "empty_prompt")
+    expect_mistake(run(*ask, document, "--model", "no-such-model"), "model_not_found", *CATALOGUE)
+    expect_mistake(run(*ask, document, "--model", document), "corrupt_file", "notes.txt")
+    expect_mistake(run(*ask, document, *model, "--temperature", "-1"), "invalid_request", "temperature")
+    expect_mistake(run(*ask, document, *model, "--prefill-chunk-tokens", "100"), "invalid_configuration", "100")
+    expect_mistake(run(*ask, document, *model, "--attention", "magic"), "invalid_configuration", "magic")
+
+
+def test_a_document_that_is_too_long_is_refused_with_both_numbers(run: Any, tiny_folder: Path, document: Path) -> None:
+    document.write_text("The sky is blue. " * 2000)
+    ran = run("ask", "What is blue?", document, "--model", tiny_folder, *ROOM)
+    expect_mistake(ran, "context_length_exceeded", "2048")
+    assert re.search(r"resulted in \d{4,} tokens", ran.err)
+
+
+def test_memory_that_does_not_suffice_is_refused_with_both_numbers(run: Any, tiny_folder: Path, document: Path) -> None:
+    ran = run("ask", "What is blue?", document, "--model", tiny_folder, "--kv-cache-bytes", str(64 << 10))
+    expect_mistake(ran, "insufficient_memory", "needs", "GiB can be used")
+
+
+def test_an_unknown_flag_is_a_usage_error(run: Any, document: Path) -> None:
+    assert run("ask", "What is blue?", document, "--no-such-flag").status == 2
+    assert run("ask").status == 2
+
+
+def test_a_traceback_is_shown_when_asked_for(run: Any, tmp_path: Path, tiny_folder: Path) -> None:
+    ran = run("--debug", "ask", "What is blue?", tmp_path / "missing.txt", "--model", tiny_folder)
+    assert ran.status == 1
+    assert "Traceback" in ran.err and "error [document_not_found]" in ran.err
+    os.environ.pop("ZEN_TURBO_DEBUG")
+
+
+def test_every_knob_is_a_flag(run: Any) -> None:
+    shown = run("ask", "--help").out
+    for name in EngineConfig().to_dict():
+        assert f"--{name.replace('_', '-')}" in shown
+
+
+# doctor, pull
+
+
+def test_doctor_says_what_was_found(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ZEN_TURBO_CACHE", str(tmp_path))
+    facts = run("doctor", "--json").record
+    assert facts["kernels"]["isa"] in facts["kernels"]["available"]
+    assert facts["cache_folder"] == str(tmp_path)
+    assert [model["name"] for model in facts["models"]] == list(CATALOGUE)
+    assert not any(model["present"] for model in facts["models"])
+    text = run("doctor").out
+    for word in ("CPU", "kernel", "threads", "memory", "cache", *CATALOGUE, "not here"):
+        assert word in text
+
+
+def test_pull_prints_the_path(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ZEN_TURBO_CACHE", str(tmp_path))
+    path = cached_path(CATALOGUE["smollm2-135m-instruct"])
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"as if pulled before")
+    ran = run("pull", "smollm2-135m-instruct")
+    assert (ran.status, ran.out.strip()) == (0, str(path))
+    expect_mistake(run("pull", "no-such-model"), "model_not_found")
+
+
+# bench, eval: the record is the last line, with the keys that others read
+
+
+def expect_record(record: dict[str, Any]) -> None:
+    assert record["machine"]["cpu"] and record["machine"]["kernel_isa"]
+    assert record["git"] is None or re.fullmatch(r"[0-9a-f]{40}", record["git"]["commit"])
+    assert record["settings"] and record["rows"]
+
+
+def test_bench_attention(run: Any, tmp_path: Path) -> None:
+    output = tmp_path / "attention.json"
+    ran = run("bench", "attention", "--length", "256", "--heads", "4/2", "--head-dim", "64", "--repeats", "1", "--output", output)
+    assert ran.status == 0
+    assert ran.record["bench"] == "attention"
+    assert ran.record == json.loads(output.read_text())
+    (row,) = ran.record["rows"]
+    keys = "length q_heads kv_heads head_dim dtype kernel_gflops sdpa_gflops gemm_gflops vs_sdpa vs_gemm max_abs_error"
+    assert set(keys.split()) <= set(row)
+    assert 0 < row["max_abs_error"] < 0.1
+    expect_record(ran.record)
+
+
+def test_bench_prefill(run: Any, tiny_folder: Path, document: Path) -> None:
+    document.write_text("The sky is blue. The sun is yellow. There and back again.\n" * 200)
+    ran = run("bench", "prefill", "--model", tiny_folder, "--lengths", "300,600", "--text", document, "--attention", "dense", *ROOM)
+    assert ran.status == 0
+    assert ran.record["bench"] == "prefill"
+    assert [row["length"] for row in ran.record["rows"]] == [300, 600]
+    keys = "length attention ttft_s linear_floor_s floor_ratio attend_s select_s density recall peak_rss_gib prompt_tokens_per_s"
+    for row in ran.record["rows"]:
+        assert set(keys.split()) <= set(row)
+        assert row["attention"] == "dense" and row["density"] == 1
+        assert row["cached_tokens"] == 0
+    assert ran.record["settings"]["engine"]["prefill_chunk_tokens"] == 128
+    expect_record(ran.record)
+
+
+def test_eval_passkey(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "passkey.json"
+    arguments = ("eval", "passkey", "--model", tiny_folder, "--lengths", "400", "--depths", "2", "--seeds", "1", "--output", output, *ROOM)
+    ran = run(*arguments)
+    assert ran.status == 0
+    record = ran.record
+    assert (record["eval"], record["total"]) == ("passkey", 2)
+    assert record["correct"] == sum(row["correct"] for row in record["rows"])
+    for row in record["rows"]:
+        assert set("length prompt_tokens depth seed expected answer correct".split()) <= set(row)
+        assert 300 < row["prompt_tokens"] <= 400
+    expect_record(record)
+    resumed = run(*arguments)
+    assert resumed.record["resumed"]["rows"] == 2
+    assert resumed.record["rows"] == record["rows"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("bench", "attention", "--heads", "14"), "14"),
+        (("bench", "attention", "--heads", "5/2"), "5"),
+        (("bench", "attention", "--length", "8x"), "8x"),
+        (("bench", "prefill", "--lengths", "0"), "lengths"),
+        (("eval", "passkey", "--depths", "0"), "depths"),
+    ],
+)
+def test_impossible_measurements(run: Any, tiny_folder: Path, arguments: tuple[str, ...], word: str) -> None:
+    model = () if arguments[1] == "attention" else ("--model", tiny_folder)
+    expect_mistake(run(*arguments, *model), "invalid_configuration", word)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(run: Any, tmp_path: Path) -> None:
+    output = tmp_path / "no" / "such" / "folder.json"
+    expect_mistake(run("bench", "attention", "--output", output), "invalid_configuration", "folder.json")
+
+
+# As processes
+
+
+def start(arguments: Sequence[str | Path], **values: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **values)
+
+
+def test_serve_answers_and_ends_when_told(tiny_folder: Path) -> None:
+    process = start(["serve", "--model", tiny_folder, "--port", "0", "--served-model-name", "tiny", *ROOM])
+    try:
+        assert process.stderr is not None
+        address = ""
+        for line in process.stderr:
+            if match := re.search(r"listening on (http://127\.0\.0\.1:\d+)", line):
+                address = match[1]
+                break
+        assert address
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{address}/health").status_code != 200:
+            assert time.monotonic() < deadline, "the model was never loaded"
+            time.sleep(0.1)
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            messages: Any = [{"role": "user", "content": "The grass is green."}]
+            answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, temperature=0)
+        assert answer.usage is not None and answer.usage.completion_tokens == 4
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode in (0, 130, -signal.SIGINT)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_serve_says_why_it_ends(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\xff" * 60)
+    process = start(["serve", "--model", broken, "--port", "0"])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error [" in err and "Traceback" not in err
+
+
+def test_an_interrupt_ends_with_130(tiny_folder: Path, document: Path) -> None:
+    document.write_text("The sky is blue. " * 30)
+    process = start(["ask", "Why?", document, "--model", tiny_folder, "--max-tokens", "100000", "--max-model-len", "1048576"])
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "document(s)" in line:
+                break
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in err
+    finally:
+        process.kill()
+        process.communicate()
