@@ -1,0 +1,183 @@
+"""Writes the pages that are derived from code: docs/cli.md, docs/configuration.md, docs/errors.md, docs/rooms.md.
+
+    .venv/bin/python scripts/generate_docs.py
+
+A test compares what this gives with what lies there, so the pages cannot drift.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+
+import click
+import typer
+
+from zen_turbo import errors
+from zen_turbo.cli import DEBUG_ENVIRONMENT, app
+from zen_turbo.cli.engine_flags import flag_of
+from zen_turbo.config import EngineConfig
+from zen_turbo.kernels import ISA_ENVIRONMENT, ISAS
+from zen_turbo.models.catalogue import CACHE_ENVIRONMENT
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = "<!-- Written by scripts/generate_docs.py from the code; change that, not this. -->\n\n"
+Option = typing.Any  # typer brings its own copies of click's classes, which differ by version
+
+
+def pages() -> dict[str, str]:
+    """Path below the root -> text."""
+    return {
+        "docs/cli.md": HEAD + cli_page(),
+        "docs/configuration.md": HEAD + configuration_page(),
+        "docs/errors.md": HEAD + errors_page(),
+        "docs/rooms.md": HEAD + rooms_page(),
+    }
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines) + "\n"
+
+
+def default_text(value: object) -> str:
+    if value is None or value is False or value == ():
+        return ""
+    return "yes" if value is True else f"`{value}`"
+
+
+# Commands
+
+
+def commands(command: Option, path: str = "zen-turbo") -> Iterator[tuple[str, Option]]:
+    children = getattr(command, "commands", None)
+    if not children:
+        yield path, command
+        return
+    for name, child in children.items():
+        yield from commands(child, f"{path} {name}")
+
+
+def cli_page() -> str:
+    knobs = {flag_of(knob.name) for knob in dataclasses.fields(EngineConfig)}
+    text = "# Commands\n\nAnswers, tables and records go to standard output, everything else to standard error. "
+    text += "Exit status: 0, 1 for a mistake (`error [code]: message`, see [errors](errors.md)), 2 for a wrong flag, 130 for an interrupt.\n"
+    text += "\n`zen-turbo --debug COMMAND` shows tracebacks, `zen-turbo --version` the version.\n"
+    for path, command in commands(typer.main.get_command(app)):
+        arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+        options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+        usage = " ".join([path, *(argument_text(argument) for argument in arguments), "[OPTIONS]"])
+        text += f"\n## `{path}`\n\n{click.formatting.wrap_text(command.help or '', 120)}\n\n```\n{usage}\n```\n"
+        rows = []
+        for option in options:
+            names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+            if not knobs.intersection(option.opts) and "--help" not in option.opts:
+                rows.append((names, default_text(option.default), option.help or ""))
+        if rows:
+            text += "\n" + table(("option", "default", "what"), rows)
+        if any(knobs.intersection(option.opts) for option in options):
+            text += "\nAnd every [engine setting](configuration.md) as a flag.\n"
+    return text
+
+
+def argument_text(argument: Option) -> str:
+    name = argument.metavar or argument.name.upper()
+    return name if argument.required else f"[{name}]"
+
+
+# Settings
+
+
+def configuration_page() -> str:
+    text = "# Settings of the engine\n\nOne list for all faces: a flag of every command that runs a model, a keyword of `zen_turbo.LLM`, "
+    text += "a field of `zen_turbo.EngineConfig`, a key in the record of every measurement. An unknown one is an error.\n\n"
+    hints = typing.get_type_hints(EngineConfig)
+    rows = []
+    for knob in dataclasses.fields(EngineConfig):
+        flag = flag_of(knob.name)
+        if hints[knob.name] is bool:
+            flag = f"{flag}/--no-{flag[2:]}"
+        kind = ", ".join(f"`{choice}`" for choice in knob.metadata["choices"] or ()) or type_text(hints[knob.name])
+        rows.append((f"`{knob.name}`", f"`{flag}`", kind, default_text(knob.default), knob.metadata["help"]))
+    text += table(("field", "flag", "values", "default", "what"), rows)
+    text += "\n# Environment variables\n\nRead once, at start.\n\n"
+    return text + table(
+        ("variable", "default", "what"),
+        [
+            (f"`{ISA_ENVIRONMENT}`", "the best of this CPU", f"Instruction set of the kernels: {', '.join(ISAS)}. An error where it is missing."),
+            (f"`{CACHE_ENVIRONMENT}`", "`zen-turbo` in the user's cache folder", "Where downloaded models are kept."),
+            (f"`{DEBUG_ENVIRONMENT}`", "", "Anything: show tracebacks, as `--debug`."),
+        ],
+    )
+
+
+def type_text(hint: object) -> str:
+    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    names = {int: "integer", str: "text", bool: "yes or no", float: "number"}
+    return " or ".join(names[kind] for kind in kinds if kind in names)
+
+
+# Errors
+
+
+def errors_page() -> str:
+    text = "# Errors\n\nEvery error that a user can cause has a code that does not change. The command line prints `error [code]: message` and "
+    text += "exits with 1; the server answers with the status and `{\"error\": {\"code\": ...}}`; Python raises the class.\n\n"
+    rows = []
+    for kind in [errors.ZenTurboError, *below(errors.ZenTurboError)]:
+        also = [base.__name__ for base in kind.__mro__ if base.__module__ == "builtins" and base not in (Exception, BaseException, object)]
+        rows.append((f"`{kind.code}`", str(kind.http_status), f"`{kind.__name__}`", ", ".join(f"`{name}`" for name in also)))
+    return text + table(("code", "HTTP status", "class", "is also"), rows)
+
+
+def below(kind: type[errors.ZenTurboError]) -> Iterator[type[errors.ZenTurboError]]:
+    for child in kind.__subclasses__():
+        if child.__module__ == errors.__name__:
+            yield child
+            yield from below(child)
+
+
+# Rooms
+
+
+def rooms_page() -> str:
+    text = "# Where things are\n\nOne room per idea, one line per file: the first of its own description.\n"
+    rooms: dict[str, list[tuple[str, str]]] = {}
+    package = ROOT / "src" / "zen_turbo"
+    for path in sorted(package.rglob("*.py")):
+        line = first_line(ast.get_docstring(ast.parse(path.read_text())) or "")
+        if line:
+            relative = path.relative_to(package)
+            room = str(relative.parent) if relative.parent != Path(".") else "."
+            rooms.setdefault(room, []).append((relative.name, line))
+    for path in sorted((ROOT / "csrc").iterdir()):
+        rooms.setdefault("csrc", []).append((path.name, first_line(comment_of(path.read_text()))))
+    for room, files in rooms.items():
+        title = {".": "src/zen_turbo", "csrc": "csrc"}.get(room, f"src/zen_turbo/{room}")
+        text += f"\n## `{title}`\n\n" + table(("file", "what"), [(f"`{name}`", line) for name, line in files])
+    return text
+
+
+def first_line(docstring: str) -> str:
+    """The first sentence, or the first paragraph where there is none, on one line."""
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    head, dot, _ = paragraph.partition(". ")
+    return head + dot.strip()
+
+
+def comment_of(source: str) -> str:
+    lines = []
+    for line in source.splitlines():
+        if not line.startswith(("//", "/*", " *")):
+            break
+        lines.append(line.strip().removeprefix("/*").removeprefix("//").removeprefix("*").removesuffix("*/").strip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for name, content in pages().items():
+        (ROOT / name).write_text(content)
