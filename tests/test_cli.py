@@ -216,6 +216,13 @@ def test_eval_passkey(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     resumed = run(*arguments)
     assert resumed.record["resumed"]["rows"] == 2
     assert resumed.record["rows"] == record["rows"]
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "0/1" in output.with_suffix(".html").read_text()
+    assert run("eval", "heat-map", output, output, "--html", tmp_path / "both.html").status == 0
+    assert "0/2" in (tmp_path / "both.html").read_text()
+    (tmp_path / "other.json").write_text('{"rows": [{"length": 3}]}')
+    expect_mistake(run("eval", "heat-map", tmp_path / "other.json", "--html", tmp_path / "x.html"), "invalid_configuration", "other.json")
+    expect_mistake(run("eval", "heat-map", output), "invalid_configuration", "--png")
 
 
 @pytest.mark.parametrize(

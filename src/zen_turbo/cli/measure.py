@@ -97,3 +97,18 @@ def eval_passkey(
         resume=resume,
         output=output,
     )
+
+
+@eval_app.command("heat-map")
+def eval_heat_map(
+    records: Annotated[list[Path], typer.Argument(metavar="RECORD...", help="Files that eval passkey --output wrote; their rows are joined.")],
+    png: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Page to write.")] = None,
+) -> None:
+    """Draw the rows of one or several records as one heat map."""
+    from zen_turbo.evals import heatmap, passkey
+
+    if png is None and page is None:
+        raise ConfigurationError("Say what to write: --png, --html or both.", param="png")
+    read = [heatmap.read_record(path) for path in records]
+    heatmap.save([row for record in read for row in record["rows"]], title=passkey.title_of(read), png=png, page=page)

@@ -9,7 +9,8 @@ possible: all but the deepest key's noise. Directions alternate between groups, 
 and shares that too. Reuse is exact (the grid of chunks is absolute), and every row says how many tokens came from it: ``ttft_s`` is what
 was paid after it.
 
-Every finished row goes to a journal (``journal.py``), so an interrupted run continues.
+Every finished row goes to a journal (``journal.py``), so an interrupted run continues. With ``--output FILE.json`` the heat map lies beside
+it, as FILE.png and FILE.html.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from zen_turbo.config import EngineConfig
 from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.errors import ConfigurationError, ContextLengthExceededError, InsufficientMemoryError
+from zen_turbo.evals import heatmap
 from zen_turbo.evals.journal import Journal
 from zen_turbo.evals.passkey_prompt import GENERATOR_VERSION, PasskeyPrompt, is_correct, make_prompt
 from zen_turbo.llm import LLM
@@ -211,7 +213,17 @@ def run(
     columns, lines = grid(rows)
     print_table("correct answers by length and depth of the key", lines, columns)
     summary = {"correct": correct, "total": len(rows), "accuracy": correct / len(rows), "resumed": resumed}
-    return experiment.finish(rows, columns=COLUMNS, summary=summary, note=f"{correct} of {len(rows)} correct.")
+    record = experiment.finish(rows, columns=COLUMNS, summary=summary, note=f"{correct} of {len(rows)} correct.")
+    if output is not None:
+        heatmap.save(rows, title=title_of([record]), png=output.with_suffix(".png"), page=output.with_suffix(".html"))
+    return record
+
+
+def title_of(records: Sequence[Mapping[str, Any]]) -> str:
+    """Says what a heat map of these records shows: model, policy, score."""
+    settings = records[0]["settings"]
+    correct, total = (sum(record[name] for record in records) for name in ("correct", "total"))
+    return f"passkey, {settings['model']}, {settings['engine']['attention']} attention: {correct} of {total} found"
 
 
 def _run_cells(experiment: Experiment, llm: LLM, cells: Sequence[Cell], journal: Journal, *, share_prefix: bool) -> list[Row]:
