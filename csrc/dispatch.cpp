@@ -149,4 +149,30 @@ int zt_norm(const zt_norm_args* a) {
 int zt_silu(const zt_silu_args* a) {
   return a && a->gate_up && a->out && a->rows > 0 && a->width > 0 && a->num_threads > 0 ? selected()->silu(a) : ZT_BAD_ARGUMENT;
 }
+
+int zt_select_pages(const zt_select_args* a) {
+  const bool ok = a && a->q[0] && a->summaries && a->page_table && a->mass && a->bits && a->counts && a->num_rows > 0 &&
+                  a->first_position >= 0 && a->first_position % ZT_PAGE == 0 && a->span_pages >= 0 && a->sink_pages >= 0 &&
+                  a->local_pages >= 0 && a->most_pages >= 0 && a->sample_rows > 0 && a->sample_rows <= ZT_PAGE && a->q_heads > 0 &&
+                  a->kv_heads > 0 && a->q_heads % a->kv_heads == 0 && known_head_dim(a->head_dim) &&
+                  (a->dtype == ZT_BF16 || a->dtype == ZT_F32) && a->scale > 0 && a->num_threads > 0;
+  return ok ? selected()->select(a) : ZT_BAD_ARGUMENT;
+}
+
+int zt_list_pages(const zt_list_args* a) {
+  if (!a || !a->bits || !a->offsets || !a->entries || a->num_lists <= 0 || a->num_blocks <= 0 || a->words <= 0) return ZT_BAD_ARGUMENT;
+  for (int64_t row = 0; row < a->num_lists * a->num_blocks; row++) {
+    const uint64_t* bits = a->bits + row * a->words;
+    const int64_t own_span = a->span_pages ? (a->first_block + row % a->num_blocks) / a->span_pages : 0;
+    int64_t at = a->offsets[row];
+    for (int64_t word = 0; word < a->words; word++)
+      for (uint64_t left = bits[word]; left; left &= left - 1) {
+        const int64_t page = word * 64 + __builtin_ctzll(left);
+        const int64_t distance = a->span_pages ? own_span - page / a->span_pages : 0;
+        a->entries[at++] = int32_t(page * 4 + (distance > 2 ? 2 : distance));
+      }
+    if (at != a->offsets[row + 1]) return ZT_BAD_ARGUMENT;
+  }
+  return ZT_OK;
+}
 }

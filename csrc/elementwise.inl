@@ -91,6 +91,35 @@ static inline void rotate_head(const float* x, const float* cos, const float* si
   }
 }
 
+// Mean key and mean value of a full page, fp32 [2][head_dim], from what is stored: a page filled in pieces has the means of one filled at once.
+template <class S, class Dot>
+static void page_means(const typename S::T* k_page, int head_dim, float* means) {
+  const typename S::T* v_page = k_page + int64_t(ZT_PAGE) * head_dim;
+  constexpr int pair = Dot::PAIR;
+  alignas(64) float lanes[16];
+  for (int d = 0; d < head_dim; d += pair) {  // lanes are 16 keys, or 8 keys by two dims
+    vec sum = zero();
+    for (int group = 0; group < ZT_PAGE / 16; group++)
+      for (int i = 0; i < pair; i++) sum = add(sum, S::get(k_page + int64_t(group) * 16 * head_dim + d * 16 + i * 16));
+    store(lanes, sum);
+    for (int e = 0; e < pair; e++) {
+      float total = 0;
+      for (int i = e; i < 16; i += pair) total += lanes[i];
+      means[d + e] = total / ZT_PAGE;
+    }
+  }
+  for (int d = 0; d < head_dim; d += 16 / pair) {  // lanes are 16 dims, or 8 dims by two keys
+    vec sum = zero();
+    for (int key = 0; key < ZT_PAGE; key += pair) sum = add(sum, S::get(v_page + int64_t(key) * head_dim + d * pair));
+    store(lanes, sum);
+    for (int i = 0; i < 16 / pair; i++) {
+      float total = 0;
+      for (int e = 0; e < pair; e++) total += lanes[i * pair + e];
+      means[head_dim + d + i] = total / ZT_PAGE;
+    }
+  }
+}
+
 template <class S, class Dot>
 static void store_typed(const zt_store_args* a) {
   const int head_dim = a->head_dim;
@@ -149,6 +178,8 @@ static void store_typed(const zt_store_args* a) {
         typename S::T* v = v_page + key / pair * pair * head_dim + key % pair;
         for (int d = 0; d < head_dim; d++) v[d * pair] = value[d];
       }
+      if (a->summaries && end % ZT_PAGE == 0)
+        page_means<S, Dot>(k_page, head_dim, a->summaries + int64_t(a->kv.page_table[page]) * a->summary_slot_stride + h * 2 * head_dim);
     }
   }
 }

@@ -134,5 +134,6 @@ struct Bf16Dot {
 
 #include "attend.inl"
 #include "elementwise.inl"
+#include "select.inl"
 
-extern "C" const zt_kernels zt_avx2_kernels = {"avx2", attend, decode, store_pages, norm, silu};
+extern "C" const zt_kernels zt_avx2_kernels = {"avx2", attend, decode, store_pages, norm, silu, select_pages};

@@ -30,5 +30,6 @@ struct Bf16Dot {
 
 #include "attend.inl"
 #include "elementwise.inl"
+#include "select.inl"
 
-extern "C" const zt_kernels zt_avx512_bf16_kernels = {"avx512_bf16", attend, decode, store_pages, norm, silu};
+extern "C" const zt_kernels zt_avx512_bf16_kernels = {"avx512_bf16", attend, decode, store_pages, norm, silu, select_pages};

@@ -114,5 +114,6 @@ struct Bf16Dot {
 
 #include "attend.inl"
 #include "elementwise.inl"
+#include "select.inl"
 
-extern "C" const zt_kernels zt_scalar_kernels = {"scalar", attend, decode, store_pages, norm, silu};
+extern "C" const zt_kernels zt_scalar_kernels = {"scalar", attend, decode, store_pages, norm, silu, select_pages};

@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #define ZT_PAGE 64
-#define ZT_ABI_VERSION 1
+#define ZT_ABI_VERSION 2
 
 enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1 };
 enum zt_status { ZT_OK = 0, ZT_BAD_ARGUMENT = 1, ZT_NO_MEMORY = 2 };
@@ -65,10 +65,42 @@ typedef struct {
   const float* k_norm;
   float norm_eps;
   zt_page_view kv;
+  float* summaries;            /* [slots][kv_heads][2][head_dim]: mean key and mean value of every page that this call fills, or null */
+  int64_t summary_slot_stride; /* floats */
   int64_t num_rows, first_position;
   int32_t q_heads, kv_heads, head_dim, dtype;
   int32_t num_threads;
 } zt_store_args;
+
+/* Choose the pages that each query block reads, from the means of pages (select.inl has the rule). Queries, rows, variants and
+ * logit_factor as in zt_attend_args, after the run's own keys were stored; span_pages is the length of a span in pages, 0 without spans.
+ * Writes bits[q_heads][blocks][words], words = ceil((first_position / 64 + blocks) / 64), bit p = page p, and how many are set. */
+typedef struct {
+  const void* q[3];
+  int64_t q_row_stride, q_head_stride; /* elements */
+  const float* logit_factor;           /* [num_rows] or null */
+  const float* summaries;              /* as in zt_store_args */
+  int64_t summary_slot_stride;
+  const int32_t* page_table;
+  const float* mass; /* [q_heads] share of the energy to keep; 1: every page */
+  uint64_t* bits;
+  int32_t* counts;  /* [q_heads][blocks] */
+  float* energies;  /* [q_heads][blocks][first_position / 64 + blocks] or null */
+  int64_t num_rows, first_position;
+  int64_t span_pages, sink_pages, local_pages, most_pages;
+  int64_t sample_rows; /* 1 to 64 */
+  int32_t q_heads, kv_heads, head_dim, dtype;
+  float scale;
+  int32_t num_threads;
+} zt_select_args;
+
+/* Bits to the lists of zt_attend_args: entries[offsets[i] ..] = page * 4 + variant of every bit set in row i = list * blocks + block. */
+typedef struct {
+  const uint64_t* bits;
+  const int64_t* offsets;
+  int32_t* entries;
+  int64_t num_lists, num_blocks, first_block, words, span_pages;
+} zt_list_args;
 
 /* residual += delta (if any); out = residual / rms(residual) * weight. residual f32 [rows][width], delta and out of `dtype`, contiguous. */
 typedef struct {
@@ -100,6 +132,7 @@ typedef struct {
   int (*store)(const zt_store_args*);
   int (*norm)(const zt_norm_args*);
   int (*silu)(const zt_silu_args*);
+  int (*select)(const zt_select_args*);
 } zt_kernels;
 
 extern const zt_kernels zt_scalar_kernels;
@@ -119,6 +152,8 @@ int zt_decode(const zt_attend_args*); /* one row per query head at first_positio
 int zt_store(const zt_store_args*);
 int zt_norm(const zt_norm_args*);
 int zt_silu(const zt_silu_args*);
+int zt_select_pages(const zt_select_args*);
+int zt_list_pages(const zt_list_args*);
 #ifdef __cplusplus
 }
 #endif

@@ -100,6 +100,7 @@ def zen_turbo_worker(settings: dict[str, Any]) -> None:
     one_token = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
 
     def first_token(ids: list[int]) -> int:
+        llm.engine.reset_prefix_cache()  # a longer prompt begins with the shorter one
         output = llm.generate(ids, one_token)
         assert output.cached_tokens == 0, "the prompt was not read from its beginning"
         return output.token_ids[0]

@@ -213,6 +213,9 @@ def test_eval_passkey(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
         assert set("length prompt_tokens depth seed expected answer correct".split()) <= set(row)
         assert 300 < row["prompt_tokens"] <= 400
     expect_record(record)
+    alone = run("eval", "passkey", "--model", tiny_folder, "--lengths", "400", "--depths", "2", "--seeds", "1", "--no-share-prefix", *ROOM)
+    assert [row["cached_tokens"] for row in alone.record["rows"]] == [0, 0]
+    assert [row["answer"] for row in alone.record["rows"]] == [row["answer"] for row in record["rows"]], "cached is cold"
     resumed = run(*arguments)
     assert resumed.record["resumed"]["rows"] == 2
     assert resumed.record["rows"] == record["rows"]

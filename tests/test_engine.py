@@ -111,6 +111,13 @@ def test_a_prompt_that_was_answered_leaves_a_token_to_compute(engine: Engine) ->
     assert second.cached_tokens == 128  # all 256 are known, but logits of the last one are wanted
 
 
+def test_a_prefix_can_be_forgotten(engine: Engine) -> None:
+    prompt = tiny.tokens(300)
+    run(engine, (prompt, GREEDY))
+    engine.reset_prefix_cache()
+    assert run(engine, (prompt, GREEDY))[0].cached_tokens == 0
+
+
 def test_a_conversation_reuses_its_answer_too(engine: Engine) -> None:
     prompt = tiny.tokens(120)
     answer = run(engine, (prompt, GREEDY))[0].token_ids

@@ -199,7 +199,7 @@ class Answers:
 
 def evaluate(path: Path | None, answers: Answers, cells: list[Cell], key: dict[str, object] | None = None) -> list[dict[str, object]]:
     with Journal(path, key or {"model": "m"}, Cell._fields, commit="c1") as journal:
-        return passkey.evaluate(cells, lambda cell: build(answers.tokenizer, *cell), answers, journal=journal)
+        return passkey.evaluate(cells, lambda cell: build(answers.tokenizer, *cell), answers, journal=journal, facts={"attention": "dense"})
 
 
 def test_rows() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from zen_turbo.errors import ConfigurationError
 
-ATTENTION_POLICIES = ("dense",)
+ATTENTION_POLICIES = ("dense", "adaptive")
+PRESETS = ("turbo", "balanced", "faithful")
 DTYPES = ("bfloat16", "float32")
 CONTEXT_EXTENSIONS = ("dca", "none")
 PAGE_TOKENS = 64
@@ -26,7 +27,13 @@ def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None) ->
 class EngineConfig:
     """Settings of one engine. Sizes ending in ``_bytes`` are bytes, ``_tokens`` are tokens; None means "decided from model and machine"."""
 
-    attention: str = _knob("dense", "Attention policy of the prefill.", choices=ATTENTION_POLICIES)
+    attention: str = _knob(
+        "dense", "Attention policy of the prefill: dense, or adaptive (sparse, experimental: its presets are not measured yet).",
+        choices=ATTENTION_POLICIES,
+    )
+    preset: str = _knob("balanced", "What adaptive attention aims at: speed, fidelity, or both.", choices=PRESETS)
+    fidelity: float | None = _knob(None, "Attention mass that adaptive attention aims to keep, between 0 and 1. Default: the preset's.")
+    dense_tokens: int = _knob(4096, "Chunks that end within so many tokens of the prompt's beginning are read densely by every policy.")
     context_extension: str = _knob(
         "dca",
         "How positions beyond the trained window are reached: dca (Dual Chunk Attention, exact inside the window) or none.",
@@ -56,6 +63,10 @@ class EngineConfig:
                 f"prefill_chunk_tokens must be a positive multiple of {PAGE_TOKENS}, not {self.prefill_chunk_tokens}.",
                 param="prefill_chunk_tokens",
             )
+        if self.fidelity is not None and not 0 < self.fidelity < 1:
+            raise ConfigurationError(f"fidelity must lie between 0 and 1, not {self.fidelity}.", param="fidelity")
+        if self.dense_tokens < 0:
+            raise ConfigurationError(f"dense_tokens must not be negative, not {self.dense_tokens}.", param="dense_tokens")
         for name in ("max_model_len", "kv_cache_bytes", "num_threads", "dca_chunk_size", "dca_local_size"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -27,7 +27,7 @@ from zen_turbo.errors import KernelError
 ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _NUM_VARIANTS = 3
 
@@ -87,6 +87,8 @@ class _StoreArgs(ctypes.Structure):
         ("k_norm", _pointer),
         ("norm_eps", _float),
         ("kv", _PageView),
+        ("summaries", _pointer),
+        ("summary_slot_stride", _int64),
         ("num_rows", _int64),
         ("first_position", _int64),
         ("q_heads", _int32),
@@ -94,6 +96,48 @@ class _StoreArgs(ctypes.Structure):
         ("head_dim", _int32),
         ("dtype", _int32),
         ("num_threads", _int32),
+    )
+
+
+class _SelectArgs(ctypes.Structure):
+    _fields_ = (
+        ("q", _pointer * _NUM_VARIANTS),
+        ("q_row_stride", _int64),
+        ("q_head_stride", _int64),
+        ("logit_factor", _pointer),
+        ("summaries", _pointer),
+        ("summary_slot_stride", _int64),
+        ("page_table", _pointer),
+        ("mass", _pointer),
+        ("bits", _pointer),
+        ("counts", _pointer),
+        ("energies", _pointer),
+        ("num_rows", _int64),
+        ("first_position", _int64),
+        ("span_pages", _int64),
+        ("sink_pages", _int64),
+        ("local_pages", _int64),
+        ("most_pages", _int64),
+        ("sample_rows", _int64),
+        ("q_heads", _int32),
+        ("kv_heads", _int32),
+        ("head_dim", _int32),
+        ("dtype", _int32),
+        ("scale", _float),
+        ("num_threads", _int32),
+    )
+
+
+class _ListArgs(ctypes.Structure):
+    _fields_ = (
+        ("bits", _pointer),
+        ("offsets", _pointer),
+        ("entries", _pointer),
+        ("num_lists", _int64),
+        ("num_blocks", _int64),
+        ("first_block", _int64),
+        ("words", _int64),
+        ("span_pages", _int64),
     )
 
 
@@ -127,10 +171,12 @@ class PageView(NamedTuple):
 
     pages: uint8 [num_slots, num_key_value_heads, page_bytes]; page_bytes = 2 * 64 * head_dim * itemsize, K then V, packed as in kernels.h.
     page_table: int32 [num_pages], logical page -> slot.
+    summaries: float32 [num_slots, num_key_value_heads, 2, head_dim], mean key and mean value of each full page, or None: not kept.
     """
 
     pages: torch.Tensor
     page_table: torch.Tensor
+    summaries: torch.Tensor | None = None
 
 
 class BlockLists(NamedTuple):
@@ -143,6 +189,16 @@ class BlockLists(NamedTuple):
     offsets: torch.Tensor
     entries: torch.Tensor
     heads_per_list: int
+
+
+class PageBits(NamedTuple):
+    """Pages chosen for each query block, as bits.
+
+    bits: int64 [num_lists, num_blocks, words], bit p of a row is page p; counts: int32 [num_lists, num_blocks], how many are set.
+    """
+
+    bits: torch.Tensor
+    counts: torch.Tensor
 
 
 class Angles(NamedTuple):
@@ -177,7 +233,7 @@ def _library() -> ctypes.CDLL:
     library.zt_select.argtypes = library.zt_supports.argtypes = [ctypes.c_char_p]
     library.zt_selected.restype = library.zt_feature_name.restype = ctypes.c_char_p
     library.zt_cpu_features.restype = ctypes.c_uint64
-    for name in ("zt_attend", "zt_decode", "zt_store", "zt_norm", "zt_silu"):
+    for name in ("zt_attend", "zt_decode", "zt_store", "zt_norm", "zt_silu", "zt_select_pages", "zt_list_pages"):
         getattr(library, name).argtypes = [ctypes.c_void_p]
     forced = os.environ.get(ISA_ENVIRONMENT)
     if forced:
@@ -254,12 +310,22 @@ def _call(name: str, args: ctypes.Structure) -> None:
 
 
 def _page_view(kv: PageView, head_dim: int, dtype: torch.dtype) -> _PageView:
-    pages, page_table = kv
+    pages, page_table, _ = kv
     page_bytes = 2 * PAGE_TOKENS * head_dim * dtype.itemsize
     _need(pages.dtype == torch.uint8 and pages.dim() == 3, "pages must be uint8 [num_slots, num_key_value_heads, page_bytes]")
     _need(pages.shape[2] == page_bytes and pages.stride(2) == 1, f"a page must be {page_bytes} contiguous bytes, not {pages.shape[2]}")
     _need(page_table.dtype == torch.int32 and page_table.dim() == 1 and page_table.is_contiguous(), "page_table must be contiguous int32")
     return _PageView(pages.data_ptr(), pages.stride(0), pages.stride(1), page_table.data_ptr(), page_table.shape[0])
+
+
+def _summaries(kv: PageView, head_dim: int) -> torch.Tensor:
+    shape = (kv.pages.shape[0], kv.pages.shape[1], 2, head_dim)
+    summaries = kv.summaries
+    _need(summaries is not None, "the pages have no summaries")
+    assert summaries is not None
+    same = summaries.dtype == torch.float32 and summaries.shape == shape and summaries[0].is_contiguous()
+    _need(same, f"summaries must be float32 {list(shape)}, contiguous within a slot")
+    return summaries
 
 
 def _queries(queries: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
@@ -415,7 +481,8 @@ def store(
     qkv: bf16 or f32 [rows, (num_heads + 2 * num_key_value_heads) * head_dim], queries then keys then values. queries: outputs
     [rows, num_heads, head_dim], None where a variant is not wanted. angles[v] rotates variant v, angles[0] also the keys; None is no
     rotation. q_norm, k_norm: f32 [head_dim] RMS norm weights applied before the rotation. Rows go to positions first_position and on; a row
-    that opens a page which it does not fill clears that page first, so positions must be written in order.
+    that opens a page which it does not fill clears that page first, so positions must be written in order. Every page that is full after the
+    call gets its summary, where ``kv`` keeps them.
     """
     rows, width = qkv.shape
     kv_heads = kv.pages.shape[1]
@@ -438,6 +505,7 @@ def store(
         if weight is not None:
             _need(weight.dtype == torch.float32 and weight.shape == (head_dim,), f"norm weights must be float32 [{head_dim}]")
     row_stride, head_stride = strides.pop()
+    summaries = _summaries(kv, head_dim) if kv.summaries is not None else None
     args = _StoreArgs(
         qkv.data_ptr(),
         qkv.stride(0),
@@ -451,6 +519,8 @@ def store(
         k_norm.data_ptr() if k_norm is not None else None,
         norm_eps,
         _page_view(kv, head_dim, qkv.dtype),
+        summaries.data_ptr() if summaries is not None else None,
+        summaries.stride(0) if summaries is not None else 0,
         rows,
         first_position,
         num_heads,
@@ -460,6 +530,92 @@ def store(
         num_threads or torch.get_num_threads(),
     )
     _call("zt_store", args)
+
+
+def select_pages(
+    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    kv: PageView,
+    mass: torch.Tensor,
+    *,
+    first_position: int,
+    scale: float,
+    span_pages: int | None,
+    sink_pages: int,
+    local_pages: int,
+    most_pages: int | None = None,
+    sample_rows: int = 8,
+    logit_factor: torch.Tensor | None = None,
+    energies: torch.Tensor | None = None,
+    num_threads: int | None = None,
+) -> PageBits:
+    """Choose pages for every query block and head from the means of pages; ``csrc/select.inl`` has the rule.
+
+    queries, kv, first_position (a multiple of 64), scale, logit_factor: as for ``attend``, after ``store`` of the same rows. mass: float32
+    [heads], the share of estimated attention mass to keep; 1 keeps every page. sink_pages, local_pages: kept always, as is the diagonal;
+    at most ``most_pages`` others. energies: float32 [heads, blocks, pages], filled with the estimates if given. Raises ValueError for
+    arguments that do not fit together. Cost: 2 * head_dim * sample_rows FLOP per head, query block and page.
+    """
+    first = _queries(queries)
+    num_rows, num_heads, head_dim = first.shape
+    summaries = _summaries(kv, head_dim)
+    _need(first_position % PAGE_TOKENS == 0, f"first_position must be a multiple of {PAGE_TOKENS}")
+    _need(mass.dtype == torch.float32 and mass.shape == (num_heads,) and mass.is_contiguous(), f"mass must be float32 [{num_heads}]")
+    num_blocks = -(-num_rows // PAGE_TOKENS)
+    num_pages = first_position // PAGE_TOKENS + num_blocks
+    _need(num_pages <= kv.page_table.shape[0], "the rows lie beyond the page table")
+    _need(kv.page_table.dtype == torch.int32 and kv.page_table.is_contiguous(), "page_table must be contiguous int32")
+    if span_pages is not None:
+        needed = min((num_pages - 1) // span_pages, 2)
+        _need(all(query is not None for query in queries[: needed + 1]), f"these rows need {needed + 1} query variants")
+    for tensor, shape in ((logit_factor, (num_rows,)), (energies, (num_heads, num_blocks, num_pages))):
+        if tensor is not None:
+            _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
+    bits = torch.empty((num_heads, num_blocks, -(-num_pages // 64)), dtype=torch.int64)
+    counts = torch.empty((num_heads, num_blocks), dtype=torch.int32)
+    args = _SelectArgs(
+        (_pointer * _NUM_VARIANTS)(*(query.data_ptr() if query is not None else None for query in queries)),
+        first.stride(0),
+        first.stride(1),
+        logit_factor.data_ptr() if logit_factor is not None else None,
+        summaries.data_ptr(),
+        summaries.stride(0),
+        kv.page_table.data_ptr(),
+        mass.data_ptr(),
+        bits.data_ptr(),
+        counts.data_ptr(),
+        energies.data_ptr() if energies is not None else None,
+        num_rows,
+        first_position,
+        span_pages or 0,
+        sink_pages,
+        local_pages,
+        num_pages if most_pages is None else most_pages,
+        sample_rows,
+        num_heads,
+        kv.pages.shape[1],
+        head_dim,
+        _DTYPES[first.dtype],
+        scale,
+        num_threads or torch.get_num_threads(),
+    )
+    _call("zt_select_pages", args)
+    return PageBits(bits, counts)
+
+
+def list_pages(chosen: PageBits, *, first_block: int, span_pages: int | None, heads_per_list: int) -> BlockLists:
+    """Bits to the lists that ``attend`` takes; ``first_block`` is the page of the first query block."""
+    bits, counts = chosen
+    num_lists, num_blocks, words = bits.shape
+    _need(bits.dtype == torch.int64 and bits.is_contiguous(), "bits must be contiguous int64")
+    _need(counts.dtype == torch.int32 and counts.shape == (num_lists, num_blocks), "counts must be int32 [num_lists, num_blocks]")
+    offsets = torch.zeros(num_lists * num_blocks + 1, dtype=torch.int64)
+    torch.cumsum(counts.view(-1), 0, out=offsets[1:])
+    entries = torch.empty(int(offsets[-1]), dtype=torch.int32)
+    args = _ListArgs(
+        bits.data_ptr(), offsets.data_ptr(), entries.data_ptr(), num_lists, num_blocks, first_block, words, span_pages or 0
+    )
+    _call("zt_list_pages", args)
+    return BlockLists(offsets, entries, heads_per_list)
 
 
 def add_rms_norm(

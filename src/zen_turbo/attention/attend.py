@@ -1,4 +1,5 @@
-"""Attention of one chunk: positions -> rotations, temperature and block lists, shared by all layers; then per layer one store and one attend.
+"""Attention of one chunk: positions -> rotations, temperature and dense block lists, shared by all layers; then per layer store, select and
+attend.
 
 Without Dual Chunk Attention there is one rotation, by position. With it, keys are rotated once by ``position mod L`` and a query has up to
 three rotations; which one a key page takes depends on the span distance alone (see ``blocks``). A chunk inside the first span is plain RoPE,
@@ -15,9 +16,14 @@ import torch
 from zen_turbo import kernels
 from zen_turbo.attention import blocks, dca
 from zen_turbo.attention.dca import DualChunk
+from zen_turbo.attention.fidelity import Fidelity
+from zen_turbo.attention.policies import adaptive
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import PAGE_TOKENS
 from zen_turbo.kernels import Angles, BlockLists, PageView
+
+# Three rotations of a query, each [rows, heads, head_dim]; None where no row needs it.
+Queries = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,22 @@ class ChunkPlan:
     @property
     def num_variants(self) -> int:
         return sum(angle is not None for angle in self.angles)
+
+    @property
+    def causal_pairs(self) -> int:
+        """(query block, key page) pairs of one head."""
+        first = self.first_position // PAGE_TOKENS
+        return sum(range(first + 1, first + blocks.num_blocks(self.num_rows) + 1))
+
+    def sparse_blocks(self, fidelity: Fidelity) -> range:
+        """The query blocks of this chunk that may leave pages out: those whose rows all lie where ``fidelity`` allows it."""
+        count = blocks.num_blocks(self.num_rows)
+        begin = -(-(fidelity.dense_below - self.first_position) // PAGE_TOKENS)
+        end = (fidelity.dense_from - self.first_position) // PAGE_TOKENS
+        return range(min(max(begin, 0), count), min(max(end, 0), count))
+
+    def is_sparse(self, fidelity: Fidelity) -> bool:
+        return self.num_rows > 1 and bool(self.sparse_blocks(fidelity))
 
 
 class Attention:
@@ -67,9 +89,7 @@ class Attention:
     def plan(self, first_position: int, num_rows: int, *, rope_seq_len: int | None = None) -> ChunkPlan:
         """Plan rows at positions first_position and on. ``rope_seq_len`` is the prompt's length, which dynamic RoPE depends on."""
         positions = torch.arange(first_position, first_position + num_rows, dtype=torch.int64)
-        lists = blocks.dense_lists(
-            first_position=first_position, num_rows=num_rows, num_heads=self.num_heads, span_pages=self.span_pages
-        )
+        lists = self._dense_lists(first_position, num_rows)
         return ChunkPlan(
             first_position,
             num_rows,
@@ -112,7 +132,7 @@ class Attention:
     ) -> torch.Tensor:
         """Store the chunk's keys and values, then attend. qkv: [rows, (heads + 2 kv_heads) * head_dim] -> [rows, heads * head_dim]."""
         queries = self.store(plan, qkv, kv, rotate=rotate, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps)
-        return self.attend(plan, queries, kv, window=window)
+        return self.attend(plan, queries, kv, self.select(plan, queries, kv, window=window), window=window)
 
     def store(
         self,
@@ -124,7 +144,7 @@ class Attention:
         q_norm: torch.Tensor | None = None,
         k_norm: torch.Tensor | None = None,
         norm_eps: float = 0.0,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> Queries:
         """Pack the chunk's keys and values into pages; return the query variants, each [rows, heads, head_dim]."""
         shape = (plan.num_rows, self.num_heads, self.head_dim)
         first, second, third = (qkv.new_empty(shape) if angle is not None else None for angle in plan.angles)
@@ -142,33 +162,70 @@ class Attention:
         )
         return queries
 
-    def attend(
+    def select(
         self,
         plan: ChunkPlan,
-        queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+        queries: Queries,
         kv: PageView,
         *,
         window: int | None = None,
+        layer: int = 0,
+        fidelity: Fidelity | None = None,
+    ) -> BlockLists:
+        """The pages that each query block of this layer reads. Without ``fidelity``, in a layer with a window, and for a single row: all."""
+        if window is not None:
+            if plan.first_position + plan.num_rows <= window:
+                return plan.lists
+            return self._dense_lists(plan.first_position, plan.num_rows, window)
+        if fidelity is None or not plan.is_sparse(fidelity):
+            return plan.lists
+        return adaptive.select(
+            queries,
+            kv,
+            fidelity.mass(layer),
+            fidelity.settings,
+            first_position=plan.first_position,
+            scale=self.scale,
+            span_pages=self.span_pages,
+            logit_factor=plan.logit_factor,
+            sparse_blocks=plan.sparse_blocks(fidelity),
+        )
+
+    def _dense_lists(self, first_position: int, num_rows: int, window: int | None = None) -> BlockLists:
+        return blocks.dense_lists(
+            first_position=first_position, num_rows=num_rows, num_heads=self.num_heads, span_pages=self.span_pages, window=window
+        )
+
+    def attend(
+        self,
+        plan: ChunkPlan,
+        queries: Queries,
+        kv: PageView,
+        lists: BlockLists,
+        *,
+        window: int | None = None,
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention over the stored pages -> [rows, heads * head_dim]."""
+        """Attention over the listed pages -> [rows, heads * head_dim]. lse: float32 [heads, rows], filled if given."""
         first = queries[0]
         assert first is not None
         out = torch.empty_like(first)
-        lists = plan.lists
-        if window is not None and plan.first_position + plan.num_rows > window:
-            lists = blocks.dense_lists(
-                first_position=plan.first_position,
-                num_rows=plan.num_rows,
-                num_heads=self.num_heads,
-                span_pages=self.span_pages,
-                window=window,
-            )
+        settings = {"scale": self.scale, "window": window, "logit_factor": plan.logit_factor, "lse": lse}
         if plan.num_rows == 1:
-            kernels.decode(
-                queries, kv, lists, out, position=plan.first_position, scale=self.scale, window=window, logit_factor=plan.logit_factor
-            )
+            kernels.decode(queries, kv, lists, out, position=plan.first_position, **settings)
         else:
-            kernels.attend(
-                queries, kv, lists, out, first_position=plan.first_position, scale=self.scale, window=window, logit_factor=plan.logit_factor
-            )
+            kernels.attend(queries, kv, lists, out, first_position=plan.first_position, **settings)
         return out.view(plan.num_rows, -1)
+
+    def full_lse(self, plan: ChunkPlan, queries: Queries, kv: PageView, row: int) -> torch.Tensor:
+        """The log-sum-exp of one row over all its keys, float32 [heads]. Cost: every key read once, for each KV head."""
+        position = plan.first_position + row
+        first, second, third = (query[row : row + 1] if query is not None else None for query in queries)
+        assert first is not None
+        lse = torch.empty((self.num_heads, 1))
+        factor = plan.logit_factor[row : row + 1] if plan.logit_factor is not None else None
+        lists = self._dense_lists(position, 1)
+        kernels.decode(
+            (first, second, third), kv, lists, torch.empty_like(first), position=position, scale=self.scale, logit_factor=factor, lse=lse
+        )
+        return lse[:, 0]

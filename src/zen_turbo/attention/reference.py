@@ -178,6 +178,51 @@ def block_attention(
     return Attended(out, lse)
 
 
+def page_means(x: torch.Tensor) -> torch.Tensor:
+    """Mean key or value of every full page: [S, G, D] -> float64 [S // 64, G, D]."""
+    full = len(x) // PAGE_TOKENS
+    return x[: full * PAGE_TOKENS].double().view(full, PAGE_TOKENS, *x.shape[1:]).mean(dim=1)
+
+
+def page_energies(
+    q_variants: Sequence[torch.Tensor | None],
+    k: torch.Tensor,
+    *,
+    first_position: int,
+    scale: float,
+    span_pages: int | None,
+    sample_rows: int,
+    logit_factor: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Estimated attention mass of every page before a query block's own, float64 [H, blocks, pages]; rows sum to 1, or are 0 for page 0.
+
+    q_variants and k as in ``block_attention``. Rows of block b are sampled evenly, min(sample_rows, rows) of them, the last one among them;
+    each takes a softmax over its logits with the mean keys, and the mean over rows is the estimate.
+    """
+    first = next(q for q in q_variants if q is not None)
+    num_rows, num_heads, _ = first.shape
+    first_block, num_blocks = first_position // PAGE_TOKENS, -(-num_rows // PAGE_TOKENS)
+    means = page_means(k)
+    energies = torch.zeros((num_heads, num_blocks, first_block + num_blocks), dtype=torch.float64)
+    for block in range(num_blocks):
+        count = first_block + block
+        if not count:
+            continue
+        in_block = min(PAGE_TOKENS, num_rows - block * PAGE_TOKENS)
+        samples = min(sample_rows, in_block)
+        rows = torch.tensor([block * PAGE_TOKENS + in_block * (i + 1) // samples - 1 for i in range(samples)])
+        factor = None if logit_factor is None else logit_factor[rows]
+        parts = []
+        for page in range(count):
+            variant = 0 if span_pages is None else min(count // span_pages - page // span_pages, 2)
+            q = q_variants[variant]
+            if q is None:
+                raise ValueError(f"page {page} needs query variant {variant}, which is missing.")
+            parts.append(_logits(q[rows], means[page : page + 1], scale, factor))
+        energies[:, block, :count] = torch.cat(parts, dim=-1).softmax(dim=-1).mean(dim=1)
+    return energies
+
+
 def _logits(q: torch.Tensor, k: torch.Tensor, scale: float, logit_factor: torch.Tensor | None) -> torch.Tensor:
     """q [T, H, D], k [S, G, D] -> float64 [H, T, S]."""
     keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)

@@ -76,6 +76,11 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     }
 
 
+def preset_of(engine: Engine) -> str | None:
+    """The preset of an adaptive engine; other policies have none."""
+    return engine.config.preset if engine.config.attention == "adaptive" else None
+
+
 def row_of(engine: Engine, outputs: Sequence[RequestOutput], rate: GemmRate, *, prompt_sha256: str) -> Row:
     """One row from the runs of one length: the run of median TTFT, whose parts then add up, with the others' TTFT beside it."""
     ordered = sorted(outputs, key=lambda output: output.metrics.ttft_s)
@@ -86,6 +91,7 @@ def row_of(engine: Engine, outputs: Sequence[RequestOutput], rate: GemmRate, *, 
     return {
         "length": length,
         "attention": engine.config.attention,
+        "preset": preset_of(engine),
         "ttft_s": metrics.ttft_s,
         "linear_floor_s": floor_s,
         "floor_ratio": metrics.ttft_s / floor_s,
@@ -96,6 +102,7 @@ def row_of(engine: Engine, outputs: Sequence[RequestOutput], rate: GemmRate, *, 
         "gemm_attend_share": accounted / metrics.ttft_s,
         "density": metrics.density,
         "recall": metrics.recall,
+        "recall_p5": metrics.recall_p5,
         "peak_rss_gib": peak_rss_bytes() / GIB,
         "prompt_tokens_per_s": length / metrics.ttft_s,
         "cached_tokens": output.cached_tokens,

@@ -12,7 +12,7 @@ from zen_turbo.cli.engine_flags import engine_options
 from zen_turbo.config import EngineConfig
 
 if TYPE_CHECKING:
-    from zen_turbo.engine.request import RequestOutput
+    from zen_turbo.engine.request import RequestMetrics, RequestOutput
     from zen_turbo.llm import LLM
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b-instruct"
@@ -94,9 +94,16 @@ def figures(llm: LLM, output: RequestOutput) -> str:
         f"prompt {output.prompt_tokens:,} tokens" + (f" ({output.cached_tokens:,} cached)" if output.cached_tokens else ""),
         f"first token after {metrics.ttft_s:.1f} s ({read / max(metrics.prefill_s, 1e-9):,.0f} tokens/s)",
         f"answer {written} tokens" + (f" ({(written - 1) / metrics.decode_s:.1f} tokens/s)" if written > 1 and metrics.decode_s else ""),
-        f"attention {llm.engine.config.attention} on {kernels.selected_isa()}",
+        f"attention {llm.engine.config.attention} on {kernels.selected_isa()}" + kept_text(metrics),
         f"peak memory {peak_rss_bytes() / 2**30:.1f} GiB",
     ]
     if output.finish_reason == "length":
         parts.append("the answer reached --max-tokens")
     return ", ".join(parts)
+
+
+def kept_text(metrics: RequestMetrics) -> str:
+    """What a sparse prefill kept; nothing for a dense one."""
+    if metrics.recall is None:
+        return ""
+    return f" (read {metrics.density:.1%} of the block pairs and kept {metrics.recall:.1%} of the attention where it was sampled)"

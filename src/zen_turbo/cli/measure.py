@@ -71,6 +71,25 @@ def bench_prefill(
     prefill.run(model=model, lengths=integers(lengths, "lengths"), config=config, repeats=repeats, text=text, output=output)
 
 
+@bench_app.command("fidelity")
+@engine_options
+def bench_fidelity(
+    model: Model = DEFAULT_MODEL,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas; 8K is 8192.")] = "32768",
+    texts: Annotated[str, typer.Option(help="Kinds of text, separated by commas: code, novel, qa.")] = "code,novel,qa",
+    keep_dense: Annotated[Path | None, typer.Option(help="Folder in which the dense pass is kept for the next measurement.")] = None,
+    output: Output = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """What a sparse policy changes in the next-token distributions, against dense attention."""
+    from zen_turbo.bench import fidelity
+
+    fidelity.run(
+        model=model, lengths=integers(lengths, "lengths"), texts=texts.split(","), config=config, keep_dense=keep_dense, output=output
+    )
+
+
 @eval_app.command("passkey")
 @engine_options
 def eval_passkey(

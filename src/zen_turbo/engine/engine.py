@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+from zen_turbo.attention.fidelity import WINDOW_TOKENS, Fidelity, Mark
+from zen_turbo.attention.policies import adaptive
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine import memory
 from zen_turbo.engine.request import (
@@ -37,6 +39,7 @@ from zen_turbo.engine.request import (
 from zen_turbo.engine.sampler import Sampler
 from zen_turbo.engine.stop import StopMatcher
 from zen_turbo.errors import (
+    ConfigurationError,
     ContextLengthExceededError,
     EmptyPromptError,
     InsufficientMemoryError,
@@ -54,6 +57,7 @@ from zen_turbo.text.chat_template import ChatTemplate, load_chat_template
 from zen_turbo.text.tokenizer import Tokenizer, load_tokenizer
 
 DCA_MAX_MODEL_LEN = 1_048_576
+DENSE_TAIL_TOKENS = 128  # the prompt's end, where the question is, reads everything
 KV_SHARE_OF_FREE_MEMORY = 0.85
 
 
@@ -78,12 +82,19 @@ class _Request:
     admitted: float = 0.0
     first_token: float = 0.0
     timers: Timers = field(default_factory=Timers)
-    density_sum: float = 0.0
-    density_weight: float = 0.0
+    fidelity: Fidelity | None = None
 
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
+
+
+class _Resident(NamedTuple):
+    """The last finished request's whole chunks: the tokens, their pages, and the shares of mass at each chunk's beginning."""
+
+    tokens: list[int]
+    cache: SequenceCache
+    marks: dict[int, Mark]
 
 
 class Plan(NamedTuple):
@@ -119,11 +130,18 @@ class Engine:
             checkpoint.close()
         self.max_model_len = self._resolve_max_model_len()
         self.eos_token_ids = frozenset(self.model_config.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids)
+        if self.config.attention != "dense" and WINDOW_TOKENS % self.config.prefill_chunk_tokens:
+            raise ConfigurationError(
+                f"prefill_chunk_tokens {self.config.prefill_chunk_tokens} must divide {WINDOW_TOKENS} with sparse attention, "
+                "which learns in windows of that size.",
+                param="prefill_chunk_tokens",
+            )
         self.geometry = PageGeometry(
             num_layers=self.model_config.num_hidden_layers,
             num_key_value_heads=self.model_config.num_key_value_heads,
             head_dim=self.model_config.head_dim,
             dtype=self.decoder.dtype,
+            summaries=self.config.attention != "dense",
         )
         kv_bytes = self.config.kv_cache_bytes or int(memory.available_bytes() * KV_SHARE_OF_FREE_MEMORY)
         if kv_bytes < self.geometry.slot_bytes:
@@ -133,7 +151,7 @@ class Engine:
         self._waiting: deque[_Request] = deque()
         self._prefilling: _Request | None = None
         self._decoding: list[_Request] = []
-        self._resident: tuple[list[int], SequenceCache] | None = None
+        self._resident: _Resident | None = None
         self._decode_next = False
 
     def _resolve_max_model_len(self) -> int:
@@ -238,6 +256,10 @@ class Engine:
             self._drop(request)
             request.on_event(Failed(error))
 
+    def reset_prefix_cache(self) -> None:
+        """Forget the last request's pages: the next prompt is read from its beginning. Call it from the thread that calls ``step``."""
+        self._evict_resident()
+
     def close(self) -> None:
         self.fail_all(RequestCancelledError("The engine was closed."))
         self._evict_resident()
@@ -263,6 +285,7 @@ class Engine:
             request.admitted = time.perf_counter()
             request.cache = SequenceCache(self.pool)
             return True
+        marks = self._resident.marks if self._resident else {}
         cache = self._take_resident(request.tokens)
         total = request.num_prompt_tokens + request.max_tokens
         missing = pages_for(total) - len(cache.slots)
@@ -275,14 +298,33 @@ class Engine:
             return False
         request.cache = cache
         request.cached_tokens = cache.num_tokens
+        request.fidelity = self._fidelity(request, marks)
         request.admitted = time.perf_counter()
         return True
+
+    def _fidelity(self, request: _Request, marks: dict[int, Mark]) -> Fidelity | None:
+        """What steers and measures a sparse prefill, going on where the cached prefix (``marks``) ended; None for a dense one."""
+        if self.config.attention == "dense":
+            return None
+        fidelity = self.new_fidelity(dense_from=request.num_prompt_tokens - DENSE_TAIL_TOKENS)
+        fidelity.resume(marks, request.cached_tokens)
+        return fidelity
+
+    def new_fidelity(self, *, dense_from: int) -> Fidelity:
+        """What steers and measures one sparse prefill with the engine's settings; rows from ``dense_from`` on read everything."""
+        return Fidelity(
+            adaptive.settings_of(self.config.preset, self.config.fidelity),
+            num_layers=self.model_config.num_hidden_layers,
+            num_heads=self.model_config.num_attention_heads,
+            dense_below=self.config.dense_tokens,
+            dense_from=dense_from,
+        )
 
     def _take_resident(self, tokens: list[int]) -> SequenceCache:
         """A cache holding the longest run of whole chunks that ``tokens`` shares with the resident sequence; at least one token is left."""
         if self._resident is None:
             return SequenceCache(self.pool)
-        known, cache = self._resident
+        known, cache, _ = self._resident
         limit = min(len(tokens) - 1, cache.num_tokens)
         shared = 0
         while shared < limit and known[shared] == tokens[shared]:
@@ -291,7 +333,7 @@ class Engine:
 
     def _evict_resident(self) -> None:
         if self._resident is not None:
-            self._resident[1].release()
+            self._resident.cache.release()
             self._resident = None
 
     def _guard(self, request: _Request, work: Callable[[_Request], None]) -> None:
@@ -311,19 +353,16 @@ class Engine:
         cache = request.cache
         assert cache is not None and cache.num_tokens == start
         self.decoder.timers = request.timers if end <= request.num_prompt_tokens else Timers()
-        result, plan = self.decoder.forward(
+        result, _ = self.decoder.forward(
             torch.tensor(request.tokens[start:end], dtype=torch.int64),
             cache.pages,
             first_position=start,
             logits_rows=slice(end - start - 1, end - start) if logits else None,
             rope_seq_len=request.num_prompt_tokens,
             cancelled=request.aborted.is_set,
+            fidelity=request.fidelity if end <= request.num_prompt_tokens else None,
         )
         cache.commit(end)
-        if end <= request.num_prompt_tokens:
-            causal = (end - start) * (start + end + 1) / 2
-            request.density_sum += plan.density * causal
-            request.density_weight += causal
         return result[0] if result is not None else None
 
     def _prefill_chunk(self, request: _Request) -> None:
@@ -398,7 +437,9 @@ class Engine:
                 attend_s=request.timers.attend_s,
                 linear_s=request.timers.linear_s,
                 select_s=request.timers.select_s,
-                density=request.density_sum / request.density_weight if request.density_weight else 1.0,
+                density=request.fidelity.density if request.fidelity else 1.0,
+                recall=request.fidelity.recall if request.fidelity else None,
+                recall_p5=request.fidelity.recall_p5 if request.fidelity else None,
             ),
         )
         self._keep_resident(request)
@@ -406,15 +447,23 @@ class Engine:
         request.on_event(Finished(output))
 
     def _keep_resident(self, request: _Request) -> None:
-        """Keep the finished request's whole chunks for the next one; a shorter leftover replaces a longer one only if it is newer."""
+        """Keep the finished request's whole chunks for the next one; a shorter leftover replaces a longer one only if it is newer.
+
+        A sparse request's are those before the rows that read everything: where these lie depends on where the prompt ends, and the answer's
+        tokens read everything too.
+        """
         cache = request.cache
         if cache is None:
             return
-        whole = cache.num_tokens - cache.num_tokens % self.config.prefill_chunk_tokens
+        usable = cache.num_tokens
+        if request.fidelity is not None:
+            usable = min(usable, max(0, request.fidelity.dense_from))
+        whole = usable - usable % self.config.prefill_chunk_tokens
         if whole:
             kept = cache.fork(whole)
             self._evict_resident()
-            self._resident = (request.tokens[:whole], kept)
+            marks = request.fidelity.marks if request.fidelity else {}
+            self._resident = _Resident(request.tokens[:whole], kept, marks)
 
     def _drop(self, request: _Request) -> None:
         with self._lock:

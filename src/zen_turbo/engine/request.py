@@ -68,6 +68,7 @@ class RequestMetrics:
     select_s: float = 0.0
     density: float = 1.0
     recall: float | None = None
+    recall_p5: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,14 +38,20 @@ class Grid(NamedTuple):
     cells: dict[tuple[float, int], Cell]
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record of an evaluation, from its file or from saved standard output (its last line). Raises ConfigurationError for any other."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The record of a measurement, from its file or from saved standard output (its last line). Raises ConfigurationError for anything else."""
     try:
         record = json.loads(path.read_text().splitlines()[-1])
-        usable = all({"length", "depth", "correct"} <= set(row) for row in record["rows"]) and bool(record["rows"])
+        rows = [dict(row) for row in record["rows"]]
     except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{path} holds no record: {error}.", param="records") from error
-    if not usable:
+    return {**record, "rows": rows}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a retrieval grid. Raises ConfigurationError for any other."""
+    record = read_json(path)
+    if not record["rows"] or not all({"length", "depth", "correct"} <= set(row) for row in record["rows"]):
         raise ConfigurationError(f"{path} is not the record of a retrieval grid: its rows have no length, depth and correct.", param="records")
     return record
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zen_turbo.bench.gemm import GemmBenchmark, shapes_of_model
-from zen_turbo.bench.prefill import attention_flops, engine_facts, linear_flops
+from zen_turbo.bench.prefill import attention_flops, engine_facts, linear_flops, preset_of
 from zen_turbo.bench.report import Experiment, Row, print_table, tidy
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.engine import Engine
@@ -108,16 +108,17 @@ def evaluate(
     generate: Callable[[list[int]], RequestOutput],
     *,
     journal: Journal,
+    facts: Row,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Answer every cell that the journal does not hold yet; rows of all cells in the order of the plan. Errors of ``generate`` pass
-    through, with everything finished by then in the journal."""
+    """Answer every cell that the journal does not hold yet; rows of all cells in the order of the plan. ``facts`` joins every row. Errors of
+    ``generate`` pass through, with everything finished by then in the journal."""
     rows = []
     for cell in cells:
         row = journal.get(tuple(cell))
         if row is None:
             prompt = make(cell)
-            row = tidy(row_of(cell, prompt, generate(prompt.token_ids)))
+            row = tidy(row_of(cell, prompt, generate(prompt.token_ids)) | facts)
             journal.add(row)
             on_row(row)
         rows.append(row)
@@ -142,6 +143,7 @@ def row_of(cell: Cell, prompt: PasskeyPrompt, output: RequestOutput) -> Row:
         "decode_s": metrics.decode_s,
         "density": metrics.density,
         "recall": metrics.recall,
+        "recall_p5": metrics.recall_p5,
         "finish_reason": output.finish_reason,
     }
 
@@ -270,7 +272,8 @@ def _run_cells(experiment: Experiment, llm: LLM, cells: Sequence[Cell], journal:
             f"{row['ttft_s']:.1f} s ({row['cached_tokens']} tokens cached); {duration(left)} left"
         )
 
-    return evaluate(cells, make, generate, journal=journal, on_row=on_row)
+    facts = {"attention": engine.config.attention, "preset": preset_of(engine)}
+    return evaluate(cells, make, generate, journal=journal, facts=facts, on_row=on_row)
 
 
 def duration(seconds: float) -> str:

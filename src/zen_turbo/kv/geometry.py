@@ -11,18 +11,25 @@ from zen_turbo.config import PAGE_TOKENS
 
 @dataclass(frozen=True, kw_only=True)
 class PageGeometry:
+    """``summaries``: whether the mean key and the mean value of every full page are kept beside it, in fp32, for sparse policies."""
+
     num_layers: int
     num_key_value_heads: int
     head_dim: int
     dtype: torch.dtype
+    summaries: bool = False
 
     @property
     def page_bytes(self) -> int:
         return 2 * PAGE_TOKENS * self.head_dim * self.dtype.itemsize
 
     @property
+    def summary_bytes(self) -> int:
+        return 2 * self.head_dim * 4 if self.summaries else 0
+
+    @property
     def slot_bytes(self) -> int:
-        return self.page_bytes * self.num_layers * self.num_key_value_heads
+        return (self.page_bytes + self.summary_bytes) * self.num_layers * self.num_key_value_heads
 
     def bytes_for(self, num_tokens: int) -> int:
         return pages_for(num_tokens) * self.slot_bytes

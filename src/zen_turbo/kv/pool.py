@@ -1,7 +1,8 @@
 """The pool of page slots that all sequences share.
 
 One anonymous memory map, committed by the operating system as pages are first written, viewed as uint8
-[num_layers, num_slots, num_key_value_heads, page_bytes]: a layer's slots lie together, so that a huge page serves many of them. Slots are
+[num_layers, num_slots, num_key_value_heads, page_bytes]: a layer's slots lie together, so that a huge page serves many of them. Summaries
+have a map of their own, so that scoring all pages of a layer reads one stretch of memory. Slots are
 reference-counted, because sequences that share a prefix share its full pages read-only. Allocation takes the slot freed last (still warm in
 cache and already committed), else the lowest slot never used.
 """
@@ -9,6 +10,7 @@ cache and already committed), else the lowest slot never used.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 from collections import Counter
 from collections.abc import Iterable
@@ -24,14 +26,21 @@ class PagePool:
         assert 0 < num_slots < 2**31
         self.geometry = geometry
         self.num_slots = num_slots
-        self._map = mmap.mmap(-1, geometry.slot_bytes * num_slots)
-        with contextlib.suppress(AttributeError, OSError):  # huge pages are an optimisation that some kernels refuse
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        shape = (geometry.num_layers, num_slots, geometry.num_key_value_heads, geometry.page_bytes)
-        self._storage: torch.Tensor | None = torch.frombuffer(self._map, dtype=torch.uint8).view(shape)
+        shape = (geometry.num_layers, num_slots, geometry.num_key_value_heads)
+        self._maps: list[mmap.mmap] = []
+        self._storage: torch.Tensor | None = self._allocate(torch.uint8, (*shape, geometry.page_bytes))
+        self._summaries: torch.Tensor | None = None
+        if geometry.summaries:
+            self._summaries = self._allocate(torch.float32, (*shape, 2, geometry.head_dim))
         self._references = [0] * num_slots
         self._free: list[int] = []
         self._next_unused = 0
+
+    def _allocate(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        self._maps.append(mmap.mmap(-1, math.prod(shape) * dtype.itemsize))
+        with contextlib.suppress(AttributeError, OSError):  # huge pages are an optimisation that some kernels refuse
+            self._maps[-1].madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(self._maps[-1], dtype=dtype).view(shape)
 
     @property
     def num_free(self) -> int:
@@ -41,6 +50,10 @@ class PagePool:
         """uint8 [num_slots, num_key_value_heads, page_bytes]."""
         assert self._storage is not None, "the pool is closed"
         return self._storage[index]
+
+    def layer_summaries(self, index: int) -> torch.Tensor | None:
+        """float32 [num_slots, num_key_value_heads, 2, head_dim], or None where they are not kept."""
+        return None if self._summaries is None else self._summaries[index]
 
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` slots, each with one reference. Raises InsufficientMemoryError and takes none if there are too few."""
@@ -89,6 +102,7 @@ class PagePool:
 
     def close(self) -> None:
         """Give the memory back. Views of layers must be gone."""
-        self._storage = None
-        with contextlib.suppress(BufferError):  # a view is still alive: the map goes with it
-            self._map.close()
+        self._storage = self._summaries = None
+        for memory in self._maps:
+            with contextlib.suppress(BufferError):  # a view is still alive: the map goes with it
+                memory.close()

@@ -31,7 +31,7 @@ class SequenceCache:
         return self._table
 
     def pages(self, layer: int) -> PageView:
-        return PageView(self.pool.layer(layer), self._table)
+        return PageView(self.pool.layer(layer), self._table, self.pool.layer_summaries(layer))
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for that many tokens in all. Raises InsufficientMemoryError and changes nothing if the pool has too few slots."""

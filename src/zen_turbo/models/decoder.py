@@ -22,8 +22,9 @@ import torch
 
 from zen_turbo import kernels
 from zen_turbo.attention import dca
-from zen_turbo.attention.attend import Attention, ChunkPlan
+from zen_turbo.attention.attend import Attention, ChunkPlan, Queries
 from zen_turbo.attention.dca import DualChunk
+from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import EngineConfig
 from zen_turbo.errors import RequestCancelledError, UnsupportedModelError
@@ -43,7 +44,7 @@ class LayerPages(Protocol):
 
 @dataclass
 class Timers:
-    """Wall seconds since the last reset: linear layers, attention kernel, block selection."""
+    """Wall seconds since the last reset: linear layers, attention kernel, block selection with the sampling of its recall."""
 
     linear_s: float = 0.0
     attend_s: float = 0.0
@@ -120,29 +121,39 @@ class Decoder:
         logits_rows: slice | None = None,
         rope_seq_len: int | None = None,
         cancelled: Callable[[], bool] | None = None,
+        fidelity: Fidelity | None = None,
     ) -> tuple[torch.Tensor | None, ChunkPlan]:
         """Run one chunk (int64 [T]) and store its keys and values at positions first_position and on.
 
         Returns (logits f32 [rows, V] of ``logits_rows``, or None; the plan used). ``cancelled`` is asked before every layer and makes this
-        raise RequestCancelledError; what was written by then lies beyond the sequence's committed length and is never read.
+        raise RequestCancelledError; what was written by then lies beyond the sequence's committed length and is never read. ``fidelity``
+        makes the prefill sparse; without it everything is read.
         """
         plan = self.attention.plan(first_position, len(token_ids), rope_seq_len=rope_seq_len)
+        if fidelity is not None:
+            fidelity.begin_chunk(first_position)
         residual = self._embedding[token_ids].float()  # [T, H]
         delta: torch.Tensor | None = None
-        for index, layer in enumerate(self._layers):
+        for index in range(len(self._layers)):
             if cancelled is not None and cancelled():
                 raise RequestCancelledError("The request was cancelled.")
-            delta = self._layer(layer, plan, residual, delta, pages(index))
+            delta = self._layer(index, plan, residual, delta, pages(index), fidelity)
         if logits_rows is None:
             return None, plan
         assert delta is not None
         return self._logits(residual[logits_rows].contiguous(), delta[logits_rows].contiguous()), plan
 
     def _layer(
-        self, layer: _Layer, plan: ChunkPlan, residual: torch.Tensor, delta: torch.Tensor | None, kv: PageView
+        self,
+        index: int,
+        plan: ChunkPlan,
+        residual: torch.Tensor,
+        delta: torch.Tensor | None,
+        kv: PageView,
+        fidelity: Fidelity | None,
     ) -> torch.Tensor:
         """One block. residual [T, H] is updated in place; ``delta`` is the previous block's MLP output, added here. Returns this block's."""
-        config, rows = self.config, plan.num_rows
+        layer, config, rows = self._layers[index], self.config, plan.num_rows
         eps = config.rms_norm_eps
         x = residual.new_empty((min(rows, TILE_ROWS), config.hidden_size), dtype=self.dtype)
         qkv = residual.new_empty((rows, layer.qkv.out_features), dtype=self.dtype)
@@ -153,9 +164,7 @@ class Decoder:
         queries = self.attention.store(
             plan, qkv, kv, rotate=layer.rotate, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps
         )
-        start = time.perf_counter()
-        attended = self.attention.attend(plan, queries, kv, window=layer.window)
-        self.timers.attend_s += time.perf_counter() - start
+        attended = self._attend(index, plan, queries, kv, fidelity)
         out = residual.new_empty((rows, config.hidden_size), dtype=self.dtype)
         hidden = residual.new_empty((min(rows, TILE_ROWS), config.intermediate_size), dtype=self.dtype)
         for tile in _tiles(rows):
@@ -164,6 +173,27 @@ class Decoder:
             kernels.silu_mul(self._linear(layer.gate_up, part), gated)
             out[tile] = self._linear(layer.down, gated)
         return out
+
+    def _attend(self, index: int, plan: ChunkPlan, queries: Queries, kv: PageView, fidelity: Fidelity | None) -> torch.Tensor:
+        """Select, attend, and where ``fidelity`` wants it measure what the selection kept."""
+        window, attention = self._layers[index].window, self.attention
+        start = time.perf_counter()
+        lists = attention.select(plan, queries, kv, window=window, layer=index, fidelity=fidelity)
+        self.timers.select_s += time.perf_counter() - start
+        sparse = fidelity is not None and window is None and plan.is_sparse(fidelity)
+        rows = fidelity.rows_to_sample(plan.first_position, plan.num_rows, index) if fidelity is not None and sparse else []
+        lse = torch.empty((attention.num_heads, plan.num_rows)) if rows else None
+        start = time.perf_counter()
+        attended = attention.attend(plan, queries, kv, lists, window=window, lse=lse)
+        self.timers.attend_s += time.perf_counter() - start
+        if fidelity is not None and window is None:
+            fidelity.observe_lists(lists, num_heads=attention.num_heads, causal_pairs=plan.causal_pairs)
+        if fidelity is not None and lse is not None:
+            start = time.perf_counter()
+            for row in rows:
+                fidelity.observe_recall(index, lse[:, row], attention.full_lse(plan, queries, kv, row))
+            self.timers.select_s += time.perf_counter() - start
+        return attended
 
     def _linear(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()

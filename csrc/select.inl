@@ -1,0 +1,179 @@
+// Which key pages a query block reads, estimated from page means. Same vocabulary and the same micro-kernel as attend.inl.
+//
+// For a query block whose diagonal page is B, and each query head on its own, over the pages J < B that all of its rows see whole:
+//
+//   logit[r][J] = factor_r * q_r . mean_key[J]          r: `sample_rows` rows of the block, evenly spaced, the last one among them
+//   energy[J]   = mean over r of softmax_J(logit[r])    every row counts the same, so a few loud rows cannot decide alone
+//
+// Kept are the sinks, the local pages and the diagonal; then the pages of largest energy until what is kept holds `mass` of all energy, at
+// most `most_pages` of them. Energies are compared in steps of a sixteenth of an octave, and in the last step the latest pages go first: a
+// head without preferences then keeps exactly as many as it needs. A query reads page J with the rotation that attention itself would use,
+// so the estimate is of the mass that attention will find.
+//
+// Means are fp32 in summaries; they are packed once per call into the layout of a K page (keys are then pages), which makes scoring a matrix
+// product: rows of all heads of a group against the same means. Work item = (KV head, query block); one thread does one item.
+#include "kernels.h"
+
+namespace {
+
+constexpr int NUM_STEPS = 1 << 12;  // exponent and four bits of mantissa of a positive float: order is kept
+struct Step {
+  float mass;
+  int32_t pages;
+};
+static inline int step_of(float energy) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &energy, 4);
+  return int(bits >> 19);
+}
+
+// Pages [0, count) of one item with their energies -> bits; gives how many were kept, the diagonal included.
+static int keep_pages(const float* energy, int64_t count, int64_t sinks, int64_t local, float mass, int64_t most, Step* steps,
+                      uint64_t* bits, int64_t words) {
+  const int64_t diagonal = count;
+  __builtin_memset(bits, 0, size_t(words) * 8);
+  auto set = [bits](int64_t page) { bits[page / 64] |= uint64_t(1) << (page % 64); };
+  const int64_t first_local = count > local ? count - local : 0, last_sink = sinks < first_local ? sinks : first_local;
+  int kept = 1;
+  set(diagonal);
+  double all = 0, have = 0;
+  for (int64_t page = 0; page < count; page++) {
+    all += energy[page];
+    if (page < last_sink || page >= first_local) have += energy[page], set(page), kept++;
+  }
+  double need = mass < 1 ? double(mass) * all - have : 1e30;  // all of the mass is all of the pages, whatever rounding says
+  int64_t room = most;
+  if (need <= 0 || room <= 0 || last_sink >= first_local) return kept;
+  __builtin_memset(steps, 0, NUM_STEPS * sizeof(Step));
+  for (int64_t page = last_sink; page < first_local; page++) {
+    Step& step = steps[step_of(energy[page])];
+    step.mass += energy[page];
+    step.pages++;
+  }
+  // The steps that are needed whole, and for which there is room; then one that is taken in part.
+  int last_step = NUM_STEPS - 1;
+  while (last_step > 0 && need - steps[last_step].mass > 0 && room >= steps[last_step].pages) {
+    need -= steps[last_step].mass;
+    room -= steps[last_step--].pages;
+  }
+  for (int64_t page = last_sink; page < first_local; page++)
+    if (step_of(energy[page]) > last_step) set(page), kept++;
+  for (int64_t page = first_local - 1; page >= last_sink && need > 0 && room > 0; page--)
+    if (step_of(energy[page]) == last_step) set(page), kept++, room--, need -= energy[page];
+  return kept;
+}
+
+template <class S, class Dot>
+static int select_typed(const zt_select_args* a) {
+  const int head_dim = a->head_dim, group = a->q_heads / a->kv_heads;
+  const int64_t blocks = (a->num_rows + ZT_PAGE - 1) / ZT_PAGE, first_block = a->first_position / ZT_PAGE;
+  const int64_t num_pages = first_block + blocks, padded = (num_pages + 63) / 64 * 64, words = padded / 64;
+  const int64_t vec_bytes = int64_t(head_dim) * Dot::STORED_BYTES * 16;  // 16 means
+  const int64_t packed_head = padded / 16 * vec_bytes;
+  const int rows = group * int(a->sample_rows), row_pad = (rows + ROWS - 1) / ROWS * ROWS;
+  const int64_t q_bytes = Scratch<Dot>::pad(int64_t(row_pad) * head_dim * sizeof(typename Dot::A));
+  const int64_t scores_bytes = int64_t(ROWS) * padded * 4, edge_bytes = ROWS * 64 * 4;
+  const int64_t energy_bytes = int64_t(group) * padded * 4, row_bytes = Scratch<Dot>::pad(row_pad * 4);
+  const int64_t bytes = 3 * q_bytes + scores_bytes + edge_bytes + energy_bytes + row_bytes + NUM_STEPS * int64_t(sizeof(Step)) + 64;
+  char* memory = (char*)__builtin_malloc(size_t(packed_head) * a->kv_heads + size_t(bytes) * a->num_threads + 128);
+  if (!memory) return ZT_NO_MEMORY;
+  char* packed = (char*)(((uintptr_t)memory + 63) / 64 * 64);
+#pragma omp parallel num_threads(a->num_threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < padded / 16 * a->kv_heads; tile++) {
+      alignas(64) typename S::T rounded[256];
+      const int64_t h = tile / (padded / 16), first = tile % (padded / 16) * 16;
+      typename S::T* to = (typename S::T*)(packed + h * packed_head + first / 16 * vec_bytes);
+      if (first + 16 > num_pages - blocks) __builtin_memset(to, 0, size_t(vec_bytes));
+      for (int64_t page = first; page < first + 16 && page < num_pages; page++) {
+        if ((page + 1) * ZT_PAGE > a->first_position + a->num_rows) break;  // not full: it has no mean yet, and is nobody's past
+        const float* mean = a->summaries + int64_t(a->page_table[page]) * a->summary_slot_stride + h * 2 * head_dim;
+        for (int d = 0; d < head_dim; d += 16) S::put(rounded + d, load(mean + d));
+        typename S::T* k = to + page % 16 * Dot::PAIR;
+        for (int d = 0; d < head_dim; d += Dot::PAIR)
+          for (int e = 0; e < Dot::PAIR; e++) k[int64_t(d) * 16 + e] = rounded[d + e];
+      }
+    }
+    char* at = packed + packed_head * a->kv_heads + bytes * omp_get_thread_num();
+    at = (char*)(((uintptr_t)at + 63) / 64 * 64);
+    typename Dot::A* q[3];
+    for (int v = 0; v < 3; v++) q[v] = (typename Dot::A*)at, at += q_bytes;
+    float* scores = (float*)at;
+    float* edge = (float*)(at += scores_bytes);
+    float* energy = (float*)(at += edge_bytes);
+    float* factor = (float*)(at += energy_bytes);
+    Step* steps = (Step*)(at += row_bytes);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < blocks * a->kv_heads; item++) {
+      const int64_t block = blocks - 1 - item / a->kv_heads, h = item % a->kv_heads;
+      const int64_t count = first_block + block;  // pages that every row sees whole
+      const int64_t in_block = a->num_rows - block * ZT_PAGE < ZT_PAGE ? a->num_rows - block * ZT_PAGE : ZT_PAGE;
+      const int samples = int(in_block < a->sample_rows ? in_block : a->sample_rows), used = group * samples;
+      const int64_t own_span = a->span_pages ? count / a->span_pages : 0;
+      auto variant_of = [&](int64_t page) -> int {
+        if (!a->span_pages) return 0;
+        const int64_t distance = own_span - page / a->span_pages;
+        return distance > 2 ? 2 : int(distance);
+      };
+      for (int r = 0; r < used; r++) {
+        const int64_t head = h * group + r / samples, row = block * ZT_PAGE + in_block * (r % samples + 1) / samples - 1;
+        factor[r] = a->scale * LOG2E * (a->logit_factor ? a->logit_factor[row] : 1.0f);
+        for (int v = 0; v < 3; v++)
+          if (a->q[v] && count && variant_of(0) >= v)
+            Dot::load_a(q[v] + int64_t(r) * head_dim,
+                        (const typename Dot::Stored*)a->q[v] + row * a->q_row_stride + head * a->q_head_stride, head_dim);
+      }
+      const int64_t end = (count + 15) / 16 * 16;
+      for (int64_t i = 0; i < group * padded; i++) energy[i] = 0;
+      for (int row = 0; row < used && count; row += ROWS) {
+        for (int64_t first = 0; first < count; first += 64) {
+          const char* means = packed + h * packed_head + first / 16 * vec_bytes;
+          const int64_t last = (first + 64 < count ? first + 64 : count) - 1;
+          const int vecs = int((last - first) / 16 + 1);
+          for (int v = variant_of(first); v >= variant_of(last); v--) {
+            const bool whole = variant_of(first) == variant_of(last);
+            float* to = whole ? scores + first : edge;
+            product<Dot, ROWS, false>(q[v] + int64_t(row) * head_dim, head_dim, head_dim / Dot::PAIR, &means, 1, vec_bytes,
+                                      Dot::STEP_BYTES, vecs, to, whole ? padded : 64);
+            if (!whole)
+              for (int64_t page = first; page <= last; page++)
+                if (variant_of(page) == v)
+                  for (int r = 0; r < ROWS; r++) scores[r * padded + page] = edge[r * 64 + page - first];
+          }
+        }
+        for (int r = 0; r < ROWS && row + r < used; r++) {
+          float* s = scores + r * padded;
+          for (int64_t page = count; page < end; page++) s[page] = NEGATIVE;
+          vec high = load(s);
+          for (int64_t page = 16; page < end; page += 16) high = max_(high, load(s + page));
+          const vec scale = set1(factor[row + r]), shift = set1(-reduce_max(high) * factor[row + r]);
+          vec total = zero();
+          for (int64_t page = 0; page < end; page += 16) {
+            const vec p = Dot::exp2(fma(load(s + page), scale, shift));
+            total = add(total, p);
+            store(s + page, p);
+          }
+          const vec share = set1(1.0f / (reduce_add(total) * float(samples)));
+          float* e = energy + (row + r) / samples * padded;
+          for (int64_t page = 0; page < end; page += 16) store(e + page, fma(load(s + page), share, load(e + page)));
+        }
+      }
+      for (int i = 0; i < group; i++) {
+        const int64_t list = (h * group + i) * blocks + block;
+        a->counts[list] = keep_pages(energy + i * padded, count, a->sink_pages, a->local_pages, a->mass[h * group + i], a->most_pages,
+                                     steps, a->bits + list * words, words);
+        if (a->energies)
+          for (int64_t page = 0; page < num_pages; page++) a->energies[list * num_pages + page] = page < count ? energy[i * padded + page] : 0.0f;
+      }
+    }
+  }
+  __builtin_free(memory);
+  return ZT_OK;
+}
+
+static int select_pages(const zt_select_args* a) {
+  return a->dtype == ZT_BF16 ? select_typed<Bf16Store, Bf16Dot>(a) : select_typed<F32Store, F32Dot>(a);
+}
+
+}  // namespace

@@ -1,0 +1,107 @@
+"""What a sparse prefill kept, measured while it runs: density, and exact recall on sampled rows.
+
+One ``Fidelity`` belongs to one request. It holds what the policy learns (each layer's and head's share of mass to leave out) and what is
+reported in the end.
+
+Recall of a row is exp(lse_kept - lse_full): the log-sum-exp over the kept pages comes with the attention itself, the one over all pages from
+one more pass of the decode kernel for that row, which costs as much as reading all keys once. Rows to sample are fixed by position and layer,
+``SAMPLES`` of them in every window of ``WINDOW_TOKENS`` positions, and what was learnt in a window counts from the next one on. So the result
+depends neither on the size of chunks, which must divide the window, nor on whether a prefix was computed now or found in the cache: shares
+are remembered at every chunk's beginning, and a request that starts from a cached prefix goes on with those that the prefix left.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from zen_turbo.attention.policies import adaptive
+from zen_turbo.attention.policies.adaptive import AdaptiveSettings
+from zen_turbo.kernels import BlockLists
+
+WINDOW_TOKENS = 8192
+SAMPLES = 4
+
+
+class Mark(NamedTuple):
+    """What was learnt before a chunk; float32 [layers, heads] each. ``surprises`` are those of the window so far."""
+
+    left_out: torch.Tensor
+    surprises: torch.Tensor
+
+
+class Fidelity:
+    """dense_below: rows at earlier positions read everything. dense_from: rows at this position and later read everything (the prompt's end).
+
+    The end differs from prompt to prompt, so chunks that reach into it must not be shared as a prefix; what is learnt stops before it.
+    """
+
+    def __init__(
+        self, settings: AdaptiveSettings, *, num_layers: int, num_heads: int, dense_below: int, dense_from: int
+    ) -> None:
+        self.settings = settings
+        self.dense_below = dense_below
+        self.dense_from = dense_from
+        self.marks: dict[int, Mark] = {}
+        self._left_out = adaptive.starting_share(num_layers, num_heads, settings)
+        self._surprises = torch.zeros_like(self._left_out)
+        self._kept = 0
+        self._causal = 0
+        self._recalls: list[torch.Tensor] = []  # [heads] each
+
+    def mass(self, layer: int) -> torch.Tensor:
+        """Share of estimated mass to keep in this chunk, float32 [heads]."""
+        return 1 - self._left_out[layer]
+
+    def begin_chunk(self, first_position: int) -> None:
+        """Heed what was learnt if a window begins here, and remember the state of things."""
+        if first_position % WINDOW_TOKENS == 0:
+            self._left_out = adaptive.adapt(self._left_out, self._surprises, self.settings)
+            self._surprises = torch.zeros_like(self._left_out)
+        self.marks[first_position] = Mark(self._left_out.clone(), self._surprises.clone())
+
+    def resume(self, marks: dict[int, Mark], num_tokens: int) -> None:
+        """Go on after a cached prefix of ``num_tokens`` computed with ``marks``, by position of each chunk."""
+        self.marks = {position: mark for position, mark in marks.items() if position < num_tokens}
+        if num_tokens:
+            self._left_out, self._surprises = (value.clone() for value in marks[num_tokens])
+
+    def rows_to_sample(self, first_position: int, num_rows: int, layer: int) -> list[int]:
+        """Rows of this chunk on which recall is measured in ``layer``, ascending."""
+        last = min(first_position + num_rows, self.dense_from)
+        rows = set()
+        for window in range(first_position // WINDOW_TOKENS, -(-last // WINDOW_TOKENS)):
+            for sample in range(SAMPLES):
+                # Multiplicative hashing: any positions will do that are spread over blocks and differ from layer to layer.
+                spread = ((window * SAMPLES + sample) * 2654435761 + layer * 40503) * 2246822519 >> 7
+                position = window * WINDOW_TOKENS + spread % WINDOW_TOKENS
+                if max(first_position, self.dense_below) <= position < last:
+                    rows.add(position - first_position)
+        return sorted(rows)
+
+    def observe_recall(self, layer: int, lse_kept: torch.Tensor, lse_full: torch.Tensor) -> None:
+        """One row's log-sum-exps, float32 [heads]: counted, and learnt from."""
+        recall = (lse_kept - lse_full).exp().clamp(0, 1)  # the two kernels round differently: never more than all
+        self._recalls.append(recall)
+        self._surprises[layer] += adaptive.surprise(recall, self.settings)
+
+    def observe_lists(self, lists: BlockLists, *, num_heads: int, causal_pairs: int) -> None:
+        """Count pairs of one layer's chunk; causal_pairs: (query block, key page) pairs of one head."""
+        self._kept += lists.entries.numel() * lists.heads_per_list
+        self._causal += causal_pairs * num_heads
+
+    @property
+    def density(self) -> float:
+        """Kept over causal pairs so far; 1 before anything was computed."""
+        return self._kept / self._causal if self._causal else 1.0
+
+    @property
+    def recall(self) -> float | None:
+        """Mean over all samples, None without any."""
+        return float(torch.cat(self._recalls).mean()) if self._recalls else None
+
+    @property
+    def recall_p5(self) -> float | None:
+        """5th percentile over all samples (one per sampled row and head)."""
+        return float(torch.cat(self._recalls).quantile(0.05)) if self._recalls else None

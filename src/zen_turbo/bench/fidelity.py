@@ -1,0 +1,163 @@
+"""``zen-turbo bench fidelity``: what a sparse policy changes, against dense attention on the same prompt.
+
+A real text is cut to N tokens and read twice, densely and with the policy, and the next-token distributions of its last ``NUM_ROWS``
+positions are compared. These rows are sparse too (in an answer the prompt's end would be dense), so the figures show the policy and nothing
+else:
+
+    top1_agreement     share of positions at which both would say the same token
+    kl                 mean Kullback-Leibler divergence from dense to sparse, in nats per token
+    output_rel_error   relative L2 difference of the logits, after taking each row's mean away
+    recall_mean, _p5   attention mass kept, measured exactly on sampled rows; density: block pairs read
+
+The dense pass takes long and depends on neither policy nor preset: ``--keep-dense FOLDER`` keeps its logits (0.3 GB per prompt) for the next
+measurement of the same model, text, length and settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from zen_turbo.attention.fidelity import Fidelity
+from zen_turbo.bench import corpora
+from zen_turbo.bench.prefill import engine_facts, preset_of
+from zen_turbo.bench.report import Experiment, Row
+from zen_turbo.bench.text import fingerprint, read_tokens
+from zen_turbo.config import EngineConfig
+from zen_turbo.engine.engine import Engine
+from zen_turbo.errors import ConfigurationError
+from zen_turbo.kv.sequence import SequenceCache
+from zen_turbo.llm import LLM
+
+NUM_ROWS = 512
+# Settings that decide the dense pass.
+_DENSE_KNOBS = ("context_extension", "dtype", "dca_chunk_size", "dca_local_size", "attention_temperature")
+COLUMNS = (
+    "length",
+    "text",
+    "attention",
+    "preset",
+    "density",
+    "recall_mean",
+    "recall_p5",
+    "output_rel_error",
+    "top1_agreement",
+    "kl",
+    "prefill_s",
+)
+
+
+class Difference(NamedTuple):
+    top1_agreement: float
+    kl: float
+    output_rel_error: float
+
+
+def compare(dense: torch.Tensor, sparse: torch.Tensor) -> Difference:
+    """Logits, float32 [rows, V] each; row by row, so that nothing of their size is copied."""
+    same, kl, error, scale = 0, 0.0, 0.0, 0.0
+    for first, second in zip(dense, sparse, strict=True):
+        a, b = first.double(), second.double()
+        same += int(a.argmax() == b.argmax())
+        log_p, log_q = a.log_softmax(dim=0), b.log_softmax(dim=0)
+        kl += float((log_p.exp() * (log_p - log_q)).sum())
+        a, b = a - a.mean(), b - b.mean()
+        error += float((a - b).square().sum())
+        scale += float(a.square().sum())
+    return Difference(same / len(dense), kl / len(dense), (error / scale) ** 0.5)
+
+
+def last_logits(engine: Engine, tokens: Sequence[int], *, num_rows: int = NUM_ROWS, fidelity: Fidelity | None = None) -> torch.Tensor:
+    """Logits of the last ``num_rows`` positions, float32 [num_rows, V], read on the engine's grid of chunks."""
+    cache, length, grid = SequenceCache(engine.pool), len(tokens), engine.config.prefill_chunk_tokens
+    parts = []
+    try:
+        cache.reserve(length)
+        for start in range(0, length, grid):
+            end = min(start + grid, length)
+            first = max(start, length - num_rows)
+            logits, _ = engine.decoder.forward(
+                torch.tensor(tokens[start:end], dtype=torch.int64),
+                cache.pages,
+                first_position=start,
+                logits_rows=slice(first - start, end - start) if first < end else None,
+                rope_seq_len=length,
+                fidelity=fidelity,
+            )
+            cache.commit(end)
+            if logits is not None:
+                parts.append(logits)
+    finally:
+        cache.release()
+    return torch.cat(parts)
+
+
+def dense_logits(engine: Engine, tokens: Sequence[int], keep: Path | None) -> torch.Tensor:
+    """``last_logits`` of dense attention, from ``keep`` if they are there."""
+    if keep is None:
+        return last_logits(engine, tokens)
+    settings = engine.config.to_dict()
+    facts = [engine.model_fingerprint, fingerprint(tokens), len(tokens), NUM_ROWS, {name: settings[name] for name in _DENSE_KNOBS}]
+    path = keep / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    logits = last_logits(engine, tokens)
+    keep.mkdir(parents=True, exist_ok=True)
+    torch.save(logits, path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)
+    return logits
+
+
+def run(
+    *,
+    model: str,
+    lengths: Sequence[int],
+    texts: Sequence[str],
+    config: EngineConfig,
+    keep_dense: Path | None = None,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Measure every length and text, print the report, return the record. Raises ConfigurationError for a dense policy (there is nothing to
+    compare) and for lengths without enough rows, what fetching texts raises, and the engine's own errors."""
+    if config.attention == "dense":
+        raise ConfigurationError("bench fidelity compares a sparse policy with dense attention; say which with --attention.", param="attention")
+    if not lengths or min(lengths) <= NUM_ROWS:
+        raise ConfigurationError(f"lengths must be greater than {NUM_ROWS}, the rows that are compared.", param="lengths")
+    sources = {name: corpora.path_of(name) for name in texts}
+    settings = {"model": model, "lengths": list(lengths), "texts": list(texts), "rows": NUM_ROWS}
+    experiment = Experiment("bench", "fidelity", settings=settings, output=output)
+    engine = LLM(model, config=config).engine
+    experiment.settings |= engine_facts(engine)
+    rows: list[Row] = []
+    for length in lengths:
+        for name, source in sources.items():
+            tokens = read_tokens(engine.tokenizer, length, source)
+            began = time.perf_counter()
+            dense = dense_logits(engine, tokens, keep_dense)
+            experiment.log(f"{length} tokens of {name}: dense, {time.perf_counter() - began:.1f} s")
+            state = engine.new_fidelity(dense_from=length)
+            began = time.perf_counter()
+            sparse = last_logits(engine, tokens, fidelity=state)
+            seconds = time.perf_counter() - began
+            row: Row = {
+                "length": length,
+                "text": name,
+                "attention": engine.config.attention,
+                "preset": preset_of(engine),
+                "density": state.density,
+                "recall_mean": state.recall,
+                "recall_p5": state.recall_p5,
+                **compare(dense, sparse)._asdict(),
+                "prefill_s": seconds,
+                "prompt_sha256": fingerprint(tokens),
+            }
+            shown = ", ".join(f"{key} {row[key]:.4g}" for key in ("density", "recall_mean", "top1_agreement", "kl"))
+            experiment.log(f"{length} tokens of {name}: {shown}")
+            rows.append(row)
+    return experiment.finish(rows, columns=COLUMNS, note=f"Last {NUM_ROWS} positions against dense attention on the same prompt.")

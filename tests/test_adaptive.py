@@ -1,0 +1,188 @@
+"""The adaptive policy in the engine: where it is dense, what its result depends on and what not, and how its shares move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from zen_turbo import LLM
+from zen_turbo.attention import blocks, fidelity
+from zen_turbo.attention.attend import ChunkPlan
+from zen_turbo.attention.fidelity import Fidelity
+from zen_turbo.attention.policies import adaptive
+from zen_turbo.config import PRESETS
+from zen_turbo.engine.engine import DENSE_TAIL_TOKENS
+from zen_turbo.engine.request import RequestOutput, SamplingParams
+from zen_turbo.errors import ConfigurationError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+SMALL: dict[str, Any] = {
+    "attention": "adaptive",
+    "prefill_chunk_tokens": 128,
+    "kv_cache_bytes": 64 << 20,
+    "max_model_len": 16384,
+    "dense_tokens": 256,
+    "fidelity": 0.7,
+}
+LENGTH = 1500
+
+
+def make(folder: Path, **knobs: Any) -> LLM:
+    return LLM(folder, **{**SMALL, **knobs})
+
+
+def spied(llm: LLM, prompt: list[int]) -> tuple[RequestOutput, list[torch.Tensor]]:
+    """The output, and the logits of every generated token."""
+    seen: list[torch.Tensor] = []
+    forward = llm.engine.decoder.forward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        if result[0] is not None:
+            seen.append(result[0].clone())
+        return result
+
+    llm.engine.decoder.forward = spy  # type: ignore[method-assign]
+    try:
+        return llm.generate(prompt, GREEDY), seen
+    finally:
+        llm.engine.decoder.forward = forward  # type: ignore[method-assign]
+
+
+def same(first: tuple[RequestOutput, list[torch.Tensor]], second: tuple[RequestOutput, list[torch.Tensor]]) -> bool:
+    return first[0].token_ids == second[0].token_ids and all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many windows within a short prompt."""
+    monkeypatch.setattr(fidelity, "WINDOW_TOKENS", 512)
+
+
+def test_it_leaves_pages_out_and_says_how_much_it_kept(tiny_folder: Path, small_windows: None) -> None:
+    output = make(tiny_folder).generate(tiny.tokens(LENGTH), GREEDY)
+    assert output.metrics.density < 0.9
+    assert output.metrics.recall is not None and 0.3 < output.metrics.recall < 1
+    assert output.metrics.recall_p5 is not None and 0 <= output.metrics.recall_p5 <= output.metrics.recall
+    assert output.metrics.select_s > 0
+
+
+def test_short_prompts_are_dense_to_the_bit(tiny_folder: Path) -> None:
+    for length in (1, 100, 256, 300):
+        prompt = tiny.tokens(length, seed=length)
+        sparse, dense = spied(make(tiny_folder), prompt), spied(make(tiny_folder, attention="dense"), prompt)
+        assert same(sparse, dense)
+        assert sparse[0].metrics.density == 1 and sparse[0].metrics.recall is None
+
+
+def test_all_of_the_mass_is_dense_to_the_bit(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, small_windows: None) -> None:
+    monkeypatch.setattr(Fidelity, "mass", lambda self, layer: torch.ones(self._left_out.shape[1]))
+    prompt = tiny.tokens(LENGTH)
+    sparse, dense = spied(make(tiny_folder), prompt), spied(make(tiny_folder, attention="dense"), prompt)
+    assert same(sparse, dense)
+    assert sparse[0].metrics.density == 1
+    assert sparse[0].metrics.recall == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("chunk", [64, 256, 512])
+def test_the_size_of_chunks_changes_nothing(tiny_folder: Path, small_windows: None, chunk: int) -> None:
+    prompt = tiny.tokens(LENGTH)
+    first, second = spied(make(tiny_folder), prompt), spied(make(tiny_folder, prefill_chunk_tokens=chunk), prompt)
+    assert same(first, second)
+    assert first[0].metrics.recall == second[0].metrics.recall
+
+
+def test_a_run_repeats_to_the_bit_on_any_number_of_threads(tiny_folder: Path, small_windows: None) -> None:
+    prompt = tiny.tokens(LENGTH)
+    assert same(spied(make(tiny_folder), prompt), spied(make(tiny_folder, num_threads=1), prompt))
+
+
+@pytest.mark.parametrize("shared", [700, 1100, LENGTH])
+def test_cached_is_cold_to_the_bit(tiny_folder: Path, small_windows: None, shared: int) -> None:
+    first = tiny.tokens(LENGTH)
+    second = [*first[:shared], *tiny.tokens(400, seed=9)]
+    warm_engine = make(tiny_folder)
+    warm_engine.generate(first, GREEDY)
+    warm, cold = spied(warm_engine, second), spied(make(tiny_folder), second)
+    assert cold[0].cached_tokens == 0
+    # Whole chunks, before the rows of the first prompt that read everything.
+    assert warm[0].cached_tokens == min(shared, LENGTH - DENSE_TAIL_TOKENS) // 128 * 128
+    assert same(warm, cold)
+
+
+def test_a_chunk_must_divide_the_window(tiny_folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match="must divide 8192"):
+        make(tiny_folder, prefill_chunk_tokens=192)
+
+
+def plan(first_position: int, num_rows: int) -> ChunkPlan:
+    lists = blocks.dense_lists(first_position=first_position, num_rows=num_rows, num_heads=1, span_pages=None)
+    return ChunkPlan(first_position, num_rows, (None, None, None), None, lists, 1.0)
+
+
+def steering(**values: Any) -> Fidelity:
+    settings = adaptive.AdaptiveSettings(recall=0.9, mass=0.9, least_mass=0.5)
+    return Fidelity(settings, num_layers=2, num_heads=3, **{"dense_below": 4096, "dense_from": 100_000, **values})
+
+
+@pytest.mark.parametrize(
+    ("first_position", "num_rows", "expected"),
+    [(0, 2048, range(0)), (2048, 4096, range(32, 64)), (4096, 2048, range(32)), (98304, 2048, range(26)), (100_352, 2048, range(0))],
+)
+def test_which_blocks_may_leave_pages_out(first_position: int, num_rows: int, expected: range) -> None:
+    found = plan(first_position, num_rows).sparse_blocks(steering())
+    assert list(found) == list(expected)
+
+
+def test_rows_to_sample_do_not_depend_on_chunks() -> None:
+    state = steering()
+    for layer in range(3):
+        whole = {8192 * 3 + row for row in state.rows_to_sample(8192 * 3, 8192, layer)}
+        pieces = {start + row for start in range(8192 * 3, 8192 * 4, 1024) for row in state.rows_to_sample(start, 1024, layer)}
+        assert whole == pieces and len(whole) == fidelity.SAMPLES
+    assert state.rows_to_sample(0, 4096, 0) == []
+    assert all(row < 100_000 - 98_304 for layer in range(50) for row in state.rows_to_sample(98_304, 2048, layer))
+
+
+def observe(state: Fidelity, layer: int, recall: list[float]) -> None:
+    state.observe_recall(layer, torch.tensor(recall).log(), torch.zeros(len(recall)))
+
+
+def test_shares_move_towards_what_is_wanted_and_from_the_next_window_on() -> None:
+    state = steering()
+    state.begin_chunk(0)
+    observe(state, 0, [1.0, 0.9, 0.2])
+    state.begin_chunk(2048)
+    assert state.mass(0).tolist() == pytest.approx([0.9, 0.9, 0.9])
+    state.begin_chunk(8192)
+    mass = state.mass(0).tolist()
+    assert mass[0] < 0.9 and mass[1] == pytest.approx(0.9) and mass[2] > 0.9
+    assert state.mass(1).tolist() == pytest.approx([0.9, 0.9, 0.9]), "layers learn apart"
+    for window in range(2, 40):
+        observe(state, 0, [1.0, 0.9, 0.2])
+        state.begin_chunk(window * 8192)
+    assert state.mass(0).tolist() == pytest.approx([0.5, 0.9, 0.9999], abs=1e-5)
+
+
+def test_what_was_learnt_goes_with_a_prefix() -> None:
+    first = steering()
+    for chunk in range(6):
+        first.begin_chunk(chunk * 2048)
+        observe(first, 1, [0.5, 0.8, 1.0])
+    second = steering()
+    second.resume(first.marks, 4 * 2048)
+    second.begin_chunk(4 * 2048)
+    assert torch.equal(second.mass(1), first.mass(1))
+    assert set(second.marks) == {chunk * 2048 for chunk in range(5)}
+
+
+def test_presets_aim_higher_one_after_the_other() -> None:
+    assert tuple(adaptive.PRESETS) == PRESETS
+    recalls = [settings.recall for settings in adaptive.PRESETS.values()]
+    assert recalls == sorted(recalls)
+    assert adaptive.settings_of("turbo", None) is adaptive.PRESETS["turbo"]
+    assert adaptive.settings_of("turbo", 0.9).recall == 0.9

@@ -1,0 +1,216 @@
+"""Page summaries and native selection against the fp64 reference, under every instruction set of this CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_kernels import DTYPES, make_view
+
+from zen_turbo import kernels
+from zen_turbo.attention import blocks, reference
+from zen_turbo.kernels import PageView
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f32"])
+NO_ANGLES = (None, None, None)
+
+
+def with_summaries(view: PageView, head_dim: int) -> PageView:
+    shape = (view.pages.shape[0], view.pages.shape[1], 2, head_dim)
+    return view._replace(summaries=torch.full(shape, float("nan")))
+
+
+def store(qkv: torch.Tensor, view: PageView, *, heads: int, first_position: int = 0) -> torch.Tensor:
+    q = qkv.new_empty(len(qkv), heads, qkv.shape[2])
+    kernels.store(qkv.flatten(1), (q, None, None), NO_ANGLES, view, first_position=first_position, num_heads=heads)
+    return q
+
+
+def random_qkv(length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(length, heads + 2 * kv_heads, head_dim, generator=generator)
+    # Pages differ, as in text: without it all energies are alike.
+    drift = torch.randn(-(-length // 64), heads + 2 * kv_heads, head_dim, generator=generator).repeat_interleave(64, dim=0)[:length]
+    return (qkv + drift).to(dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_summaries_are_the_means_of_full_pages(isa: str, head_dim: int, dtype: torch.dtype) -> None:
+    heads, kv_heads, length = 2, 2, 250
+    qkv = random_qkv(length, heads, kv_heads, head_dim, dtype)
+    view = with_summaries(make_view(4, kv_heads, head_dim, dtype), head_dim)
+    store(qkv, view, heads=heads)
+    assert view.summaries is not None
+    found = view.summaries[view.page_table.long()]
+    for index, part in enumerate((qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :])):
+        torch.testing.assert_close(found[:3, :, index].double(), reference.page_means(part), rtol=1e-5, atol=1e-5)
+    assert found[3].isnan().all(), "the last page is not full"
+
+
+@dtypes
+def test_a_page_filled_in_pieces_has_the_summary_of_one_filled_at_once(isa: str, dtype: torch.dtype) -> None:
+    qkv = random_qkv(128, 2, 1, 64, dtype)
+    whole, pieces = (with_summaries(make_view(2, 1, 64, dtype), 64) for _ in range(2))
+    store(qkv, whole, heads=2)
+    for start, end in ((0, 10), (10, 64), (64, 127), (127, 128)):
+        store(qkv[start:end], pieces, heads=2, first_position=start)
+    assert whole.summaries is not None and pieces.summaries is not None
+    table = whole.page_table.long()
+    assert torch.equal(whole.summaries[table], pieces.summaries[table])
+
+
+CASES = [
+    # rows, first position, heads, kv heads, head_dim, span in pages, sampled rows
+    (256, 0, 4, 2, 64, None, 8),
+    (256, 512, 14, 2, 64, None, 8),
+    (200, 4096, 3, 1, 64, None, 4),
+    (130, 1024, 4, 1, 128, None, 1),
+    (192, 1600, 4, 2, 80, 7, 8),
+    (320, 6400, 2, 1, 64, 30, 8),
+    (70, 640, 2, 2, 256, 6, 64),
+]
+
+
+@dtypes
+@pytest.mark.parametrize(("num_rows", "first_position", "heads", "kv_heads", "head_dim", "span", "rows"), CASES)
+def test_energies(
+    isa: str, num_rows: int, first_position: int, heads: int, kv_heads: int, head_dim: int, span: int | None, rows: int, dtype: torch.dtype
+) -> None:
+    length = first_position + num_rows
+    qkv = random_qkv(length, heads, kv_heads, head_dim, dtype)
+    view = with_summaries(make_view(-(-length // 64), kv_heads, head_dim, dtype), head_dim)
+    store(qkv, view, heads=heads)
+    generator = torch.Generator().manual_seed(1)
+    queries = tuple((torch.randn(num_rows, heads, head_dim, generator=generator) * 2).to(dtype) for _ in range(3))
+    factor = 1 + torch.rand(num_rows, generator=generator)
+    num_blocks, num_pages = -(-num_rows // 64), -(-length // 64)
+    energies = torch.full((heads, num_blocks, num_pages), float("nan"))
+    mass = torch.linspace(0.3, 0.9, heads)
+    settings = {"first_position": first_position, "scale": head_dim**-0.5, "span_pages": span, "logit_factor": factor, "sample_rows": rows}
+    chosen = kernels.select_pages(queries, view, mass, **settings, sink_pages=1, local_pages=2, energies=energies)
+    # Means are rounded to the dtype of keys before scoring.
+    k = qkv[:, heads : heads + kv_heads]
+    rounded = reference.page_means(k).to(dtype).repeat_interleave(64, dim=0)
+    rounded = torch.cat((rounded, k[len(rounded) :].double()))
+    expected = reference.page_energies(queries, rounded, **settings)
+    torch.testing.assert_close(energies.double(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 2e-4, atol=1e-6)
+    check_kept(chosen, energies, mass, first_position, sinks=1, local=2)
+    again = kernels.select_pages(queries, view, mass, **settings, sink_pages=1, local_pages=2, num_threads=1)
+    assert torch.equal(again.bits, chosen.bits) and torch.equal(again.counts, chosen.counts)
+
+
+def kept_pages(chosen: kernels.PageBits, num_pages: int) -> torch.Tensor:
+    """bool [lists, blocks, pages]"""
+    bits = (chosen.bits[..., None] >> torch.arange(64)) & 1
+    return bits.flatten(2)[..., :num_pages].bool()
+
+
+def check_kept(
+    chosen: kernels.PageBits, energies: torch.Tensor, mass: torch.Tensor, first_position: int, *, sinks: int, local: int
+) -> None:
+    """What must be kept is, nothing of the future is, the mass is reached, and no page kept for its energy is far below one left out."""
+    num_pages = energies.shape[2]
+    kept = kept_pages(chosen, num_pages)
+    assert torch.equal(kept.sum(dim=-1, dtype=torch.int32), chosen.counts)
+    for block in range(energies.shape[1]):
+        diagonal = first_position // 64 + block
+        forced = [page for page in range(diagonal + 1) if page < sinks or page >= diagonal - local]
+        free = [page for page in range(diagonal) if page not in forced]
+        for head in range(energies.shape[0]):
+            row, energy = kept[head, block], energies[head, block].double()
+            assert row[forced].all() and not row[diagonal + 1 :].any()
+            if diagonal:
+                assert float(energy[row].sum()) >= float(mass[head]) * float(energy.sum()) - 1e-5
+            inside = [float(energy[page]) for page in free if row[page]]
+            outside = [float(energy[page]) for page in free if not row[page]]
+            if inside and outside:
+                assert min(inside) >= max(outside) * (1 - 1 / 16)
+            if inside:
+                # Without the least of them the mass would not be reached: nothing is kept for nothing.
+                assert float(energy[row].sum()) - max(min(inside), max(inside) / 17) < float(mass[head]) * float(energy.sum()) + 1e-5 or (
+                    float(energy[row].sum()) - min(inside) * (1 + 1 / 8) < float(mass[head]) * float(energy.sum()) + 1e-5
+                )
+
+
+def make_flat(num_pages: int) -> tuple[torch.Tensor, PageView]:
+    """Keys all alike: every page has the same energy."""
+    qkv = torch.ones(num_pages * 64, 3, 64)
+    view = with_summaries(make_view(num_pages, 1, 64, torch.float32), 64)
+    return store(qkv, view, heads=1), view
+
+
+@pytest.mark.parametrize(("mass", "kept"), [(0.0, 1 + 2 + 1), (0.5, 20), (0.25, 10), (1.0, 41)])
+def test_a_head_without_preferences_keeps_as_many_as_it_needs(isa: str, mass: float, kept: int) -> None:
+    q, view = make_flat(41)
+    queries = (q[40 * 64 :].contiguous(), None, None)
+    settings = {"first_position": 40 * 64, "scale": 0.125, "span_pages": None, "sink_pages": 1, "local_pages": 2}
+    chosen = kernels.select_pages(queries, view, torch.tensor([mass]), **settings)
+    row = kept_pages(chosen, 41)[0, 0]
+    count = int(chosen.counts[0, 0])
+    assert abs(count - 1 - (kept - 1)) <= 1
+    free = row[1:38]
+    assert torch.equal(free, free.sort(stable=True).values), "the latest pages go first"
+
+
+def test_all_of_the_mass_is_all_of_the_pages(isa: str) -> None:
+    qkv = random_qkv(64 * 70, 4, 2, 64, torch.bfloat16)
+    qkv[:, :4] *= 8  # most energies are zero in floating point
+    view = with_summaries(make_view(70, 2, 64, torch.bfloat16), 64)
+    q = store(qkv, view, heads=4)[64 * 66 :].contiguous()
+    settings = {"first_position": 64 * 66, "scale": 0.125, "span_pages": 20, "sink_pages": 0, "local_pages": 0}
+    lists = blocks.select_by_mass((q, q, q), view, torch.ones(4), **settings)
+    dense = blocks.dense_lists(first_position=64 * 66, num_rows=256, num_heads=4, span_pages=20)
+    assert lists.heads_per_list == 1
+    assert torch.equal(lists.entries, dense.entries.repeat(4))
+    assert torch.equal(lists.offsets[:5], dense.offsets)
+
+
+def test_a_limit_is_kept_and_the_best_stay(isa: str) -> None:
+    qkv = random_qkv(64 * 40, 2, 1, 64, torch.float32)
+    view = with_summaries(make_view(40, 1, 64, torch.float32), 64)
+    q = store(qkv, view, heads=2)[64 * 38 :].contiguous()
+    energies = torch.empty(2, 2, 40)
+    settings = {"first_position": 64 * 38, "scale": 0.5, "span_pages": None, "sink_pages": 1, "local_pages": 1}
+    chosen = kernels.select_pages((q, None, None), view, torch.full((2,), 0.999), **settings, most_pages=5, energies=energies)
+    assert torch.equal(chosen.counts, torch.full((2, 2), 1 + 1 + 1 + 5, dtype=torch.int32))
+    kept = kept_pages(chosen, 40)
+    for head in range(2):
+        best = energies[head, 0, 1:37].argmax() + 1
+        assert kept[head, 0, best]
+
+
+def test_bits_and_lists_agree(isa: str) -> None:
+    keep = torch.rand(3, 4, 150, generator=torch.Generator().manual_seed(0)) < 0.3
+    first_position = 146 * 64
+    chosen = blocks.pack_bits(keep, first_position=first_position, sink_pages=2, local_pages=3)
+    kept = kept_pages(chosen, 150)
+    lists = blocks.from_bits(chosen, first_position=first_position, num_heads=6, span_pages=40)
+    assert lists.heads_per_list == 2
+    nested = reference.unpack_lists(lists.offsets, lists.entries, num_blocks=4)
+    for number in range(3):
+        for block in range(4):
+            diagonal = 146 + block
+            pages = [page for page, _ in nested[number][block]]
+            assert pages == kept[number, block].nonzero().flatten().tolist()
+            asked = {page for page in range(diagonal + 1) if keep[number, block, page]}
+            assert set(pages) == asked | {0, 1} | set(range(diagonal - 3, diagonal + 1))
+            assert all(variant == min(diagonal // 40 - page // 40, 2) for page, variant in nested[number][block])
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    q, view = make_flat(4)
+    settings = {"first_position": 0, "scale": 0.125, "span_pages": None, "sink_pages": 1, "local_pages": 2}
+    mass = torch.ones(1)
+    queries = (q, None, None)
+    with pytest.raises(ValueError, match="summaries"):
+        kernels.select_pages(queries, view._replace(summaries=None), mass, **settings)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        kernels.select_pages(queries, view, mass, **{**settings, "first_position": 3})
+    with pytest.raises(ValueError, match="mass"):
+        kernels.select_pages(queries, view, torch.ones(2), **settings)
+    with pytest.raises(ValueError, match="query variants"):
+        kernels.select_pages(queries, view, mass, **{**settings, "span_pages": 1})
+    with pytest.raises(ValueError, match="beyond"):
+        kernels.select_pages(queries, view, mass, **{**settings, "first_position": 64})
+    with pytest.raises(ValueError, match="out of range"):
+        kernels.select_pages(queries, view, mass, **settings, sample_rows=65)
