@@ -1,4 +1,4 @@
-"""Writes the pages that are derived from code: docs/cli.md, docs/configuration.md, docs/errors.md, docs/rooms.md.
+"""Writes what is derived: from code docs/cli.md, docs/configuration.md, docs/errors.md and docs/rooms.md, from results/ a table in README.md.
 
     .venv/bin/python scripts/generate_docs.py
 
@@ -21,6 +21,7 @@ from zen_turbo import errors
 from zen_turbo.cli import DEBUG_ENVIRONMENT, app
 from zen_turbo.cli.engine_flags import flag_of
 from zen_turbo.config import EngineConfig
+from zen_turbo.evals.heatmap import length_text, read_json
 from zen_turbo.kernels import ISA_ENVIRONMENT, ISAS
 from zen_turbo.models.catalogue import CACHE_ENVIRONMENT
 
@@ -36,6 +37,7 @@ def pages() -> dict[str, str]:
         "docs/configuration.md": HEAD + configuration_page(),
         "docs/errors.md": HEAD + errors_page(),
         "docs/rooms.md": HEAD + rooms_page(),
+        "README.md": readme_page(),
     }
 
 
@@ -176,6 +178,66 @@ def comment_of(source: str) -> str:
             break
         lines.append(line.strip().removeprefix("/*").removeprefix("//").removeprefix("*").removesuffix("*/").strip())
     return "\n".join(lines)
+
+
+# Results
+
+
+def readme_page() -> str:
+    text = (ROOT / "README.md").read_text()
+    begin, end = "<!-- results: written by scripts/generate_docs.py from results/*.json -->\n", "<!-- /results -->"
+    before, rest = text.split(begin)
+    return before + begin + results_table() + end + rest.split(end)[1]
+
+
+def results_table() -> str:
+    """What the records say, one line a claim, with the record that backs it. Raises where a record is missing: no number without one."""
+
+    def rows(name: str) -> list[dict[str, typing.Any]]:
+        return read_json(ROOT / "results" / name)["rows"]
+
+    def joined(values: list[str]) -> str:
+        return " and ".join(values)
+
+    kernel, peers, prefill = rows("attention.json"), rows("llama_cpp.json"), rows("prefill_dense.json")
+    passkey = [row for path in sorted((ROOT / "results").glob("passkey_dense*.json")) for row in read_json(path)["rows"]]
+    found = sum(row["correct"] for row in passkey)
+    longest = length_text(max(row["length"] for row in passkey))
+    greedy = [row for row in rows("transformers.json") if (row["first"], row["second"]) == ("ours float32", "reference fp32")]
+    identical = sum(row["verdict"] == "identical" for row in greedy)
+    at_8k = next(row for row in prefill if row["length"] == 8192)
+    machine = read_json(ROOT / "results" / "prefill_dense.json")["machine"]
+    lines = [
+        (
+            f"Passkey found in prompts of 4K to {longest} tokens (the model was trained on 32K)",
+            f"{found} of {len(passkey)}",
+            "passkey_dense*.json",
+        ),
+        (
+            f"Time to first token against llama.cpp's best setting, {joined([length_text(row['length']) for row in peers])} tokens",
+            joined([f"{row['ratio']:.1f}x" for row in peers]) + " faster",
+            "llama_cpp.json",
+        ),
+        (
+            f"Attention kernel, share of the machine's bf16 GEMM peak, head_dim {joined([str(row['head_dim']) for row in kernel])}",
+            joined([f"{row['vs_gemm']:.0%}" for row in kernel]),
+            "attention.json",
+        ),
+        (
+            f"The same against torch's scaled_dot_product_attention ({joined([format(r['gemm_gflops'] / r['sdpa_gflops'], '.1f') for r in kernel])}x"
+            " would be the GEMM peak)",
+            joined([f"{row['vs_sdpa']:.1f}x" for row in kernel]),
+            "attention.json",
+        ),
+        ("Share of an 8K prefill that is spent in GEMM and the attention kernel", f"{at_8k['gemm_attend_share']:.0%}", "prefill_dense.json"),
+        (
+            "Greedy continuations of 64 tokens identical to transformers on the same weights (fp32, two models)",
+            f"{identical} of {len(greedy)}",
+            "transformers.json",
+        ),
+    ]
+    caption = f"\nMeasured on {machine['cores']} cores of an {machine['cpu']}, no GPU, default model (0.5B).\n"
+    return table(("what", "result", "record"), [(what, result, f"`{record}`") for what, result, record in lines]) + caption
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from zen_turbo.config import PRESETS
 from zen_turbo.engine.engine import DENSE_TAIL_TOKENS
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.errors import ConfigurationError
+from zen_turbo.models.decoder import Decoder
+from zen_turbo.models.linear import Linear
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 SMALL: dict[str, Any] = {
@@ -26,7 +30,7 @@ SMALL: dict[str, Any] = {
     "kv_cache_bytes": 64 << 20,
     "max_model_len": 16384,
     "dense_tokens": 256,
-    "fidelity": 0.7,
+    "preset": "turbo",
 }
 LENGTH = 1500
 
@@ -59,8 +63,10 @@ def same(first: tuple[RequestOutput, list[torch.Tensor]], second: tuple[RequestO
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many windows within a short prompt."""
+    """Many windows within a short prompt, and a preset that leaves out what even a random model has little of."""
     monkeypatch.setattr(fidelity, "WINDOW_TOKENS", 512)
+    rough = dataclasses.replace(adaptive.PRESETS["turbo"], price=1e-3, mass=0.6, local_pages=1)
+    monkeypatch.setitem(adaptive.PRESETS, "turbo", rough)
 
 
 def test_it_leaves_pages_out_and_says_how_much_it_kept(tiny_folder: Path, small_windows: None) -> None:
@@ -80,7 +86,7 @@ def test_short_prompts_are_dense_to_the_bit(tiny_folder: Path) -> None:
 
 
 def test_all_of_the_mass_is_dense_to_the_bit(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, small_windows: None) -> None:
-    monkeypatch.setattr(Fidelity, "mass", lambda self, layer: torch.ones(self._left_out.shape[1]))
+    monkeypatch.setattr(Fidelity, "mass", lambda self, layer: torch.ones(self._known.left_out.shape[1]))
     prompt = tiny.tokens(LENGTH)
     sparse, dense = spied(make(tiny_folder), prompt), spied(make(tiny_folder, attention="dense"), prompt)
     assert same(sparse, dense)
@@ -124,9 +130,11 @@ def plan(first_position: int, num_rows: int) -> ChunkPlan:
     return ChunkPlan(first_position, num_rows, (None, None, None), None, lists, 1.0)
 
 
+SETTINGS = adaptive.AdaptiveSettings(price=1e-3, mass=0.9, least_mass=0.5, most_mass=0.999)
+
+
 def steering(**values: Any) -> Fidelity:
-    settings = adaptive.AdaptiveSettings(recall=0.9, mass=0.9, least_mass=0.5)
-    return Fidelity(settings, num_layers=2, num_heads=3, **{"dense_below": 4096, "dense_from": 100_000, **values})
+    return Fidelity(SETTINGS, num_layers=2, num_heads=3, **{"dense_below": 4096, "dense_from": 100_000, **values})
 
 
 @pytest.mark.parametrize(
@@ -143,36 +151,56 @@ def test_rows_to_sample_do_not_depend_on_chunks() -> None:
     for layer in range(3):
         whole = {8192 * 3 + row for row in state.rows_to_sample(8192 * 3, 8192, layer)}
         pieces = {start + row for start in range(8192 * 3, 8192 * 4, 1024) for row in state.rows_to_sample(start, 1024, layer)}
-        assert whole == pieces and len(whole) == fidelity.SAMPLES
+        assert whole == pieces and len(whole) == fidelity.samples_in(3)
     assert state.rows_to_sample(0, 4096, 0) == []
     assert all(row < 100_000 - 98_304 for layer in range(50) for row in state.rows_to_sample(98_304, 2048, layer))
 
 
-def observe(state: Fidelity, layer: int, recall: list[float]) -> None:
-    state.observe_recall(layer, torch.tensor(recall).log(), torch.zeros(len(recall)))
+def observe(state: Fidelity, layer: int, error: list[float], *, pages: int = 10) -> None:
+    lse = torch.zeros(3)
+    state.observe_row(layer, lse_kept=lse - 0.1, lse_full=lse, error=torch.tensor(error), pages=torch.full((3,), pages))
 
 
-def test_shares_move_towards_what_is_wanted_and_from_the_next_window_on() -> None:
+def test_shares_move_towards_the_price_and_from_the_next_window_on() -> None:
     state = steering()
     state.begin_chunk(0)
-    observe(state, 0, [1.0, 0.9, 0.2])
+    observe(state, 0, [0.0, 0.01, 0.1])  # nothing, the price, ten times the price
     state.begin_chunk(2048)
     assert state.mass(0).tolist() == pytest.approx([0.9, 0.9, 0.9])
     state.begin_chunk(8192)
     mass = state.mass(0).tolist()
     assert mass[0] < 0.9 and mass[1] == pytest.approx(0.9) and mass[2] > 0.9
     assert state.mass(1).tolist() == pytest.approx([0.9, 0.9, 0.9]), "layers learn apart"
-    for window in range(2, 40):
-        observe(state, 0, [1.0, 0.9, 0.2])
+    state.begin_chunk(16384)
+    assert state.mass(0).tolist() == mass, "nothing was sampled, nothing moves"
+    for window in range(3, 40):
+        observe(state, 0, [0.0, 0.01, 0.1])
         state.begin_chunk(window * 8192)
-    assert state.mass(0).tolist() == pytest.approx([0.5, 0.9, 0.9999], abs=1e-5)
+    assert state.mass(0).tolist() == pytest.approx([0.5, 0.9, 0.999], abs=1e-5)
+
+
+def test_a_correction_is_no_larger_than_fourfold() -> None:
+    left_out = torch.tensor([[0.1, 0.1]])
+    moved = adaptive.adapt(left_out, torch.tensor([[1.0, 1e-12]]), torch.tensor([[5.0, 5.0]]), SETTINGS)
+    assert moved[0].tolist() == pytest.approx([0.1 * math.exp(-1.4), 0.1 * math.exp(1.4)])
+
+
+def test_a_model_of_errors_comes_to_rest_at_the_price() -> None:
+    """Heads whose errors fall like a power of their pages, and whose pages grow as less is left out, end where error / pages is the price."""
+    scale = torch.tensor([[0.2, 0.5, 1.0]])
+    left_out = torch.full((1, 3), 0.1)
+    settings = dataclasses.replace(SETTINGS, least_mass=0.01, most_mass=0.99999)
+    for _ in range(30):
+        pages = 8 * left_out**-0.5
+        left_out = adaptive.adapt(left_out, scale * pages**-1.2, pages, settings)
+    assert (scale * pages**-2.2)[0].tolist() == pytest.approx([1e-3] * 3, rel=1e-3)
 
 
 def test_what_was_learnt_goes_with_a_prefix() -> None:
     first = steering()
     for chunk in range(6):
         first.begin_chunk(chunk * 2048)
-        observe(first, 1, [0.5, 0.8, 1.0])
+        observe(first, 1, [0.5, 1e-3, 1e-9])
     second = steering()
     second.resume(first.marks, 4 * 2048)
     second.begin_chunk(4 * 2048)
@@ -180,9 +208,34 @@ def test_what_was_learnt_goes_with_a_prefix() -> None:
     assert set(second.marks) == {chunk * 2048 for chunk in range(5)}
 
 
-def test_presets_aim_higher_one_after_the_other() -> None:
+def test_telemetry_counts_what_was_observed() -> None:
+    state = steering()
+    assert (state.density, state.recall, state.recall_p5) == (1.0, None, None)
+    observe(state, 0, [0.0, 0.0, 0.0])
+    assert state.recall == pytest.approx(math.exp(-0.1))
+    lists = blocks.dense_lists(first_position=0, num_rows=128, num_heads=3, span_pages=None)
+    state.observe_lists(lists, num_heads=3, causal_pairs=6)
+    assert state.density == 0.5
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_error_of_a_head_is_what_it_does_to_the_residual_stream(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found, exact = (torch.randn(3, 64, generator=generator) for _ in range(2))
+    weight, residual = torch.randn(50, 192, generator=generator), torch.randn(50, generator=generator)
+    offset = torch.randn(50, generator=generator) if bias else None
+    errors = Decoder._head_errors(Linear(weight, offset), found, exact, residual)
+    stream = residual + weight @ exact.flatten() + (offset if offset is not None else 0)
+    for head in range(3):
+        change = weight[:, head * 64 : (head + 1) * 64] @ (found - exact)[head]
+        assert float(errors[head]) == pytest.approx(float(change.square().sum() / stream.square().sum()), rel=1e-4)
+
+
+def test_presets_pay_less_for_more() -> None:
     assert tuple(adaptive.PRESETS) == PRESETS
-    recalls = [settings.recall for settings in adaptive.PRESETS.values()]
-    assert recalls == sorted(recalls)
+    prices = [settings.price for settings in adaptive.PRESETS.values()]
+    assert prices == sorted(prices, reverse=True)
     assert adaptive.settings_of("turbo", None) is adaptive.PRESETS["turbo"]
-    assert adaptive.settings_of("turbo", 0.9).recall == 0.9
+    fixed = adaptive.settings_of("turbo", 0.9)
+    share = adaptive.starting_share(1, 1, fixed)
+    assert torch.equal(adaptive.adapt(share, torch.ones(1, 1), torch.ones(1, 1), fixed), share), "a share that was asked for stays"

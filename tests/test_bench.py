@@ -14,10 +14,27 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from zen_turbo.bench import attention, gemm, prefill, report, text
+from zen_turbo.bench import attention, fidelity, gemm, prefill, report, text
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.request import RequestMetrics, RequestOutput
 from zen_turbo.errors import ConfigurationError, DocumentError, DocumentNotFoundError
+
+# Fidelity
+
+
+def test_distributions_are_compared_row_by_row() -> None:
+    dense = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
+    same = fidelity.compare(dense, dense + torch.tensor([[5.0], [-2.0]]))  # a constant in a row changes no distribution
+    assert same.top1_agreement == 1
+    assert same.kl == pytest.approx(0, abs=1e-12) and same.output_rel_error == pytest.approx(0, abs=1e-12)
+    other = torch.tensor([[0.0, 3.0, 2.0], [3.0, 0.0, 0.0]])
+    found = fidelity.compare(dense, other)
+    p, q = dense.double().softmax(dim=1), other.double().softmax(dim=1)
+    assert found.top1_agreement == 0.5
+    assert found.kl == pytest.approx(float((p * (p / q).log()).sum() / 2))
+    centred, moved = dense - dense.mean(dim=1, keepdim=True), other - other.mean(dim=1, keepdim=True)
+    assert found.output_rel_error == pytest.approx(float((centred - moved).norm() / centred.norm()))
+
 
 # The report
 

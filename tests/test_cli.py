@@ -201,6 +201,25 @@ def test_bench_prefill(run: Any, tiny_folder: Path, document: Path) -> None:
     expect_record(ran.record)
 
 
+def test_bench_fidelity(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = ("bench", "fidelity", "--model", tiny_folder, "--lengths", "1000", "--texts", "code", *ROOM)
+    sparse = (*arguments, "--attention", "adaptive", "--dense-tokens", "256", "--fidelity", "0.5", "--keep-dense", tmp_path)
+    record = run(*sparse).record
+    (row,) = record["rows"]
+    assert record["bench"] == "fidelity"
+    keys = "length text attention preset density recall_mean recall_p5 output_rel_error top1_agreement kl"
+    assert set(keys.split()) <= set(row)
+    assert (row["text"], row["attention"], row["preset"]) == ("code", "adaptive", "balanced")
+    assert 0 < row["density"] < 1 and 0 < row["recall_mean"] < 1 and row["kl"] > 0
+    expect_record(record)
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+    again = run(*sparse).record["rows"][0]
+    assert {name: again[name] for name in row if name != "prefill_s"} == {name: row[name] for name in row if name != "prefill_s"}
+    expect_mistake(run(*arguments), "invalid_configuration", "dense")
+    expect_mistake(run(*sparse[:5], "512", *sparse[6:]), "invalid_configuration", "512")
+    expect_mistake(run(*sparse, "--texts", "music"), "invalid_configuration", "music")
+
+
 def test_eval_passkey(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "passkey.json"
     arguments = ("eval", "passkey", "--model", tiny_folder, "--lengths", "400", "--depths", "2", "--seeds", "1", "--output", output, *ROOM)

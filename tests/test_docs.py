@@ -17,7 +17,7 @@ from zen_turbo.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-GENERATED = ("docs/cli.md", "docs/configuration.md", "docs/errors.md", "docs/rooms.md")
+GENERATED = ("README.md", "docs/cli.md", "docs/configuration.md", "docs/errors.md", "docs/rooms.md")
 
 
 def generator() -> ModuleType:

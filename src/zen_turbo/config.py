@@ -32,7 +32,9 @@ class EngineConfig:
         choices=ATTENTION_POLICIES,
     )
     preset: str = _knob("balanced", "What adaptive attention aims at: speed, fidelity, or both.", choices=PRESETS)
-    fidelity: float | None = _knob(None, "Attention mass that adaptive attention aims to keep, between 0 and 1. Default: the preset's.")
+    fidelity: float | None = _knob(
+        None, "Share of estimated attention mass that adaptive attention keeps in every head, between 0 and 1. Default: steered by the preset."
+    )
     dense_tokens: int = _knob(4096, "Chunks that end within so many tokens of the prompt's beginning are read densely by every policy.")
     context_extension: str = _knob(
         "dca",

@@ -48,10 +48,9 @@ class ChunkPlan:
         return sum(range(first + 1, first + blocks.num_blocks(self.num_rows) + 1))
 
     def sparse_blocks(self, fidelity: Fidelity) -> range:
-        """The query blocks of this chunk that may leave pages out: those whose rows all lie where ``fidelity`` allows it."""
+        """The query blocks of this chunk that may leave pages out."""
         count = blocks.num_blocks(self.num_rows)
-        begin = -(-(fidelity.dense_below - self.first_position) // PAGE_TOKENS)
-        end = (fidelity.dense_from - self.first_position) // PAGE_TOKENS
+        begin, end = ((at - self.first_position) // PAGE_TOKENS for at in (fidelity.dense_below, fidelity.dense_from))
         return range(min(max(begin, 0), count), min(max(end, 0), count))
 
     def is_sparse(self, fidelity: Fidelity) -> bool:
@@ -217,15 +216,13 @@ class Attention:
             kernels.attend(queries, kv, lists, out, first_position=plan.first_position, **settings)
         return out.view(plan.num_rows, -1)
 
-    def full_lse(self, plan: ChunkPlan, queries: Queries, kv: PageView, row: int) -> torch.Tensor:
-        """The log-sum-exp of one row over all its keys, float32 [heads]. Cost: every key read once, for each KV head."""
+    def full_row(self, plan: ChunkPlan, queries: Queries, kv: PageView, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One row over all its keys: (output [heads, head_dim], log-sum-exp float32 [heads]). Cost: every key and value read once."""
         position = plan.first_position + row
         first, second, third = (query[row : row + 1] if query is not None else None for query in queries)
         assert first is not None
         lse = torch.empty((self.num_heads, 1))
         factor = plan.logit_factor[row : row + 1] if plan.logit_factor is not None else None
-        lists = self._dense_lists(position, 1)
-        kernels.decode(
-            (first, second, third), kv, lists, torch.empty_like(first), position=position, scale=self.scale, logit_factor=factor, lse=lse
-        )
-        return lse[:, 0]
+        lists, out = self._dense_lists(position, 1), torch.empty_like(first)
+        kernels.decode((first, second, third), kv, lists, out, position=position, scale=self.scale, logit_factor=factor, lse=lse)
+        return out[0], lse[:, 0]

@@ -107,6 +107,12 @@ def select_by_mass(
     return from_bits(chosen, first_position=first_position, num_heads=mass.shape[0], span_pages=span_pages)
 
 
+def pages_read(lists: BlockLists, *, block: int, num_blocks: int, num_heads: int) -> torch.Tensor:
+    """How many pages each head's list of one query block has, int64 [num_heads]."""
+    first = torch.arange(num_heads) // lists.heads_per_list * num_blocks + block
+    return lists.offsets[first + 1] - lists.offsets[first]
+
+
 def density(lists: BlockLists, *, first_position: int, num_rows: int) -> float:
     """Kept (query block, key page) pairs over causal pairs, averaged over the lists."""
     first_block = first_position // PAGE_TOKENS

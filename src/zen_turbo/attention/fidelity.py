@@ -4,10 +4,11 @@ One ``Fidelity`` belongs to one request. It holds what the policy learns (each l
 reported in the end.
 
 Recall of a row is exp(lse_kept - lse_full): the log-sum-exp over the kept pages comes with the attention itself, the one over all pages from
-one more pass of the decode kernel for that row, which costs as much as reading all keys once. Rows to sample are fixed by position and layer,
-``SAMPLES`` of them in every window of ``WINDOW_TOKENS`` positions, and what was learnt in a window counts from the next one on. So the result
-depends neither on the size of chunks, which must divide the window, nor on whether a prefix was computed now or found in the cache: shares
-are remembered at every chunk's beginning, and a request that starts from a cached prefix goes on with those that the prefix left.
+one more pass of the decode kernel for that row, which also gives the exact output and costs as much as reading all keys once. Rows to sample
+are fixed by position and layer, some in every window of ``WINDOW_TOKENS`` positions, fewer far out, where a pass costs more. What was learnt
+in a window counts from the next one on. So the result depends neither on the size of chunks, which must divide the window, nor on whether a
+prefix was computed now or found in the cache: what is known at every chunk's beginning is remembered, and a request that starts from a cached
+prefix goes on from there.
 """
 
 from __future__ import annotations
@@ -18,21 +19,32 @@ import torch
 
 from zen_turbo.attention.policies import adaptive
 from zen_turbo.attention.policies.adaptive import AdaptiveSettings
+from zen_turbo.config import PAGE_TOKENS
 from zen_turbo.kernels import BlockLists
 
 WINDOW_TOKENS = 8192
-SAMPLES = 4
+
+
+def samples_in(window: int) -> int:
+    """Rows to sample per layer in a window: 16 below 64K tokens, 8 below 128K, 4 below 512K, then 2."""
+    for below, samples in ((8, 16), (16, 8), (64, 4)):
+        if window < below:
+            return samples
+    return 2
 
 
 class Mark(NamedTuple):
-    """What was learnt before a chunk; float32 [layers, heads] each. ``surprises`` are those of the window so far."""
+    """What is known before a chunk: the share each head leaves out, and sums over the window's samples so far. float32 [layers, heads]."""
 
     left_out: torch.Tensor
-    surprises: torch.Tensor
+    errors: torch.Tensor
+    pages: torch.Tensor
+    samples: torch.Tensor
 
 
 class Fidelity:
     """dense_below: rows at earlier positions read everything. dense_from: rows at this position and later read everything (the prompt's end).
+    Both are moved to whole query blocks, towards more dense ones.
 
     The end differs from prompt to prompt, so chunks that reach into it must not be shared as a prefix; what is learnt stops before it.
     """
@@ -41,50 +53,59 @@ class Fidelity:
         self, settings: AdaptiveSettings, *, num_layers: int, num_heads: int, dense_below: int, dense_from: int
     ) -> None:
         self.settings = settings
-        self.dense_below = dense_below
-        self.dense_from = dense_from
+        self.dense_below = -(-dense_below // PAGE_TOKENS) * PAGE_TOKENS
+        self.dense_from = dense_from // PAGE_TOKENS * PAGE_TOKENS
         self.marks: dict[int, Mark] = {}
-        self._left_out = adaptive.starting_share(num_layers, num_heads, settings)
-        self._surprises = torch.zeros_like(self._left_out)
+        share = adaptive.starting_share(num_layers, num_heads, settings)
+        self._known = Mark(share, *(torch.zeros_like(share) for _ in range(3)))
         self._kept = 0
         self._causal = 0
         self._recalls: list[torch.Tensor] = []  # [heads] each
 
     def mass(self, layer: int) -> torch.Tensor:
         """Share of estimated mass to keep in this chunk, float32 [heads]."""
-        return 1 - self._left_out[layer]
+        return 1 - self._known.left_out[layer]
 
     def begin_chunk(self, first_position: int) -> None:
         """Heed what was learnt if a window begins here, and remember the state of things."""
         if first_position % WINDOW_TOKENS == 0:
-            self._left_out = adaptive.adapt(self._left_out, self._surprises, self.settings)
-            self._surprises = torch.zeros_like(self._left_out)
-        self.marks[first_position] = Mark(self._left_out.clone(), self._surprises.clone())
+            share, errors, pages, samples = self._known
+            counts = samples.clamp_min(1)
+            share = adaptive.adapt(share, errors / counts, pages / counts, self.settings)
+            self._known = Mark(share, *(torch.zeros_like(share) for _ in range(3)))
+        self.marks[first_position] = Mark(*(value.clone() for value in self._known))
 
     def resume(self, marks: dict[int, Mark], num_tokens: int) -> None:
         """Go on after a cached prefix of ``num_tokens`` computed with ``marks``, by position of each chunk."""
         self.marks = {position: mark for position, mark in marks.items() if position < num_tokens}
         if num_tokens:
-            self._left_out, self._surprises = (value.clone() for value in marks[num_tokens])
+            self._known = Mark(*(value.clone() for value in marks[num_tokens]))
 
     def rows_to_sample(self, first_position: int, num_rows: int, layer: int) -> list[int]:
         """Rows of this chunk on which recall is measured in ``layer``, ascending."""
         last = min(first_position + num_rows, self.dense_from)
         rows = set()
         for window in range(first_position // WINDOW_TOKENS, -(-last // WINDOW_TOKENS)):
-            for sample in range(SAMPLES):
-                # Multiplicative hashing: any positions will do that are spread over blocks and differ from layer to layer.
-                spread = ((window * SAMPLES + sample) * 2654435761 + layer * 40503) * 2246822519 >> 7
-                position = window * WINDOW_TOKENS + spread % WINDOW_TOKENS
+            samples = samples_in(window)
+            for sample in range(samples):
+                # One in each of as many equal parts of the window, where in it by a multiplicative hash: layers look at different rows.
+                part = WINDOW_TOKENS // samples
+                place = ((window * 64 + sample) * 2654435761 + layer * 40503) * 2246822519 >> 7
+                position = window * WINDOW_TOKENS + sample * part + place % part
                 if max(first_position, self.dense_below) <= position < last:
                     rows.add(position - first_position)
         return sorted(rows)
 
-    def observe_recall(self, layer: int, lse_kept: torch.Tensor, lse_full: torch.Tensor) -> None:
-        """One row's log-sum-exps, float32 [heads]: counted, and learnt from."""
-        recall = (lse_kept - lse_full).exp().clamp(0, 1)  # the two kernels round differently: never more than all
-        self._recalls.append(recall)
-        self._surprises[layer] += adaptive.surprise(recall, self.settings)
+    def observe_row(
+        self, layer: int, *, lse_kept: torch.Tensor, lse_full: torch.Tensor, error: torch.Tensor, pages: torch.Tensor
+    ) -> None:
+        """One sampled row, [heads] each: log-sum-exps over kept and over all keys, what each head's selection changed in the residual stream
+        (squared, relative), and how many pages it read."""
+        self._recalls.append((lse_kept - lse_full).exp().clamp(0, 1))  # the two kernels round differently: never more than all
+        _, errors, read, samples = self._known
+        errors[layer] += error
+        read[layer] += pages
+        samples[layer] += 1
 
     def observe_lists(self, lists: BlockLists, *, num_heads: int, causal_pairs: int) -> None:
         """Count pairs of one layer's chunk; causal_pairs: (query block, key page) pairs of one head."""

@@ -23,10 +23,11 @@ import torch
 from zen_turbo import kernels
 from zen_turbo.attention import dca
 from zen_turbo.attention.attend import Attention, ChunkPlan, Queries
+from zen_turbo.attention.blocks import pages_read
 from zen_turbo.attention.dca import DualChunk
 from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.attention.rope import RotaryEmbedding
-from zen_turbo.config import EngineConfig
+from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.errors import RequestCancelledError, UnsupportedModelError
 from zen_turbo.kernels import PageView
 from zen_turbo.models.config import ModelConfig
@@ -164,7 +165,7 @@ class Decoder:
         queries = self.attention.store(
             plan, qkv, kv, rotate=layer.rotate, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps
         )
-        attended = self._attend(index, plan, queries, kv, fidelity)
+        attended = self._attend(index, plan, queries, kv, residual, fidelity)
         out = residual.new_empty((rows, config.hidden_size), dtype=self.dtype)
         hidden = residual.new_empty((min(rows, TILE_ROWS), config.intermediate_size), dtype=self.dtype)
         for tile in _tiles(rows):
@@ -174,8 +175,10 @@ class Decoder:
             out[tile] = self._linear(layer.down, gated)
         return out
 
-    def _attend(self, index: int, plan: ChunkPlan, queries: Queries, kv: PageView, fidelity: Fidelity | None) -> torch.Tensor:
-        """Select, attend, and where ``fidelity`` wants it measure what the selection kept."""
+    def _attend(
+        self, index: int, plan: ChunkPlan, queries: Queries, kv: PageView, residual: torch.Tensor, fidelity: Fidelity | None
+    ) -> torch.Tensor:
+        """Select, attend, and where ``fidelity`` wants it measure what the selection cost."""
         window, attention = self._layers[index].window, self.attention
         start = time.perf_counter()
         lists = attention.select(plan, queries, kv, window=window, layer=index, fidelity=fidelity)
@@ -191,9 +194,25 @@ class Decoder:
         if fidelity is not None and lse is not None:
             start = time.perf_counter()
             for row in rows:
-                fidelity.observe_recall(index, lse[:, row], attention.full_lse(plan, queries, kv, row))
+                exact, lse_full = attention.full_row(plan, queries, kv, row)
+                error = self._head_errors(self._layers[index].out, attended[row].view_as(exact), exact, residual[row])
+                pages = pages_read(lists, block=row // PAGE_TOKENS, num_blocks=-(-plan.num_rows // PAGE_TOKENS), num_heads=len(exact))
+                fidelity.observe_row(index, lse_kept=lse[:, row], lse_full=lse_full, error=error, pages=pages)
             self.timers.select_s += time.perf_counter() - start
         return attended
+
+    @staticmethod
+    def _head_errors(out: Linear, found: torch.Tensor, exact: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """What each head's error does to the residual stream: squared norm after the output projection, relative to the exact stream, f32
+        [heads]. found, exact: one row's attention output [heads, head_dim]; residual: the stream before it, f32 [H]."""
+        heads, head_dim = exact.shape
+        each = exact.new_zeros((heads + 1, heads, head_dim))
+        each[range(heads), range(heads)] = found - exact  # row h has the error of head h alone
+        each[heads] = exact
+        projected = out(each.view(heads + 1, -1)).float()
+        if out.has_bias:
+            projected[:heads] -= out(torch.zeros_like(each[:1]).view(1, -1)).float()
+        return projected[:heads].square().sum(dim=1) / (residual + projected[heads]).square().sum()
 
     def _linear(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()

@@ -42,6 +42,10 @@ class Linear:
     def flops_per_row(self) -> int:
         return 2 * self.in_features * self.out_features
 
+    @property
+    def has_bias(self) -> bool:
+        return self._bias is not None
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, in_features], contiguous -> [rows, out_features]. Call it with at most TILE_ROWS rows."""
         if self._packed:
