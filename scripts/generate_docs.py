@@ -65,7 +65,7 @@ def commands(command: Option, path: str = "zen-turbo") -> Iterator[tuple[str, Op
 
 
 def cli_page() -> str:
-    knobs = {flag_of(knob.name) for knob in dataclasses.fields(EngineConfig)}
+    knobs = {knob.name for knob in dataclasses.fields(EngineConfig)}
     text = "# Commands\n\nAnswers, tables and records go to standard output, everything else to standard error. "
     text += "Exit status: 0, 1 for a mistake (`error [code]: message`, see [errors](errors.md)), 2 for a wrong flag, 130 for an interrupt.\n"
     text += "\n`zen-turbo --debug COMMAND` shows tracebacks, `zen-turbo --version` the version.\n"
@@ -77,11 +77,11 @@ def cli_page() -> str:
         rows = []
         for option in options:
             names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
-            if not knobs.intersection(option.opts) and "--help" not in option.opts:
+            if option.name not in knobs and "--help" not in option.opts:
                 rows.append((names, default_text(option.default), option.help or ""))
         if rows:
             text += "\n" + table(("option", "default", "what"), rows)
-        if any(knobs.intersection(option.opts) for option in options):
+        if any(option.name in knobs for option in options):
             text += "\nAnd every [engine setting](configuration.md) as a flag.\n"
     return text
 

@@ -18,11 +18,14 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace the parameter ``config: EngineConfig`` of a command by one flag per knob. Values are checked by EngineConfig."""
+def engine_options(command: Callable[..., Any], *, without: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Replace the parameter ``config: EngineConfig`` of a command by one flag per knob, but for those in ``without``, which keep their
+    defaults. Values are checked by EngineConfig."""
     hints = typing.get_type_hints(EngineConfig)
     flags = []
     for knob in dataclasses.fields(EngineConfig):
+        if knob.name in without:
+            continue
         names = [flag_of(knob.name)]
         if hints[knob.name] is bool:
             names = [f"{names[0]}/--no-{names[0][2:]}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -114,6 +115,34 @@ def eval_passkey(
         config=config,
         share_prefix=share_prefix,
         resume=resume,
+        output=output,
+    )
+
+
+@eval_app.command("retrieval")
+@functools.partial(engine_options, without=("attention",))
+def eval_retrieval(
+    model: Model = DEFAULT_MODEL,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas; 8K is 8192.")] = "32768",
+    policies: Annotated[str, typer.Option("--attention", help="Attention policies to compare, separated by commas.")] = "dense,adaptive",
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas: multikey, multivalue, kv.")] = "multikey,multivalue,kv",
+    questions: Annotated[int, typer.Option(help="Questions per length, dealt out to the tasks.")] = 200,
+    text: Annotated[str, typer.Option(help="Text to hide facts in: code, novel, qa.")] = "code",
+    output: Output = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Facts among look-alike facts: many questions about one context, the same for every policy."""
+    from zen_turbo.evals import retrieval
+
+    retrieval.run(
+        model=model,
+        lengths=integers(lengths, "lengths"),
+        tasks=tasks.split(","),
+        policies=policies.split(","),
+        num_questions=questions,
+        text=text,
+        config=config,
         output=output,
     )
 

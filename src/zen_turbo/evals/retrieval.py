@@ -1,0 +1,165 @@
+"""``zen-turbo eval retrieval``: facts among look-alike facts, many questions about one context, policies against each other on the same ones.
+
+Passkeys prove little about a sparse policy: one loud sentence in noise is what any selection finds. Here every needle has hundreds of
+near-copies, and the questions are paired: the same prompts go to every policy, so a difference of scores is a difference of policies, and its
+standard error is that of the paired differences.
+
+The context comes first and is read once for each policy; a question costs its own tokens and the rest of the last chunk. Answers are greedy.
+Every finished answer is kept in a journal per policy beside ``--output``, so an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from zen_turbo.bench import corpora
+from zen_turbo.bench.prefill import engine_facts, preset_of
+from zen_turbo.bench.report import Experiment, Row
+from zen_turbo.bench.text import read_tokens
+from zen_turbo.config import EngineConfig
+from zen_turbo.engine.engine import Engine
+from zen_turbo.engine.request import SamplingParams
+from zen_turbo.errors import ConfigurationError
+from zen_turbo.evals.journal import Journal
+from zen_turbo.evals.retrieval_prompt import GENERATOR_VERSION, TASKS, Context, make_context, score
+from zen_turbo.llm import LLM
+from zen_turbo.progress import prefill_bar
+
+MAX_NEW_TOKENS = {"multikey": 16, "multivalue": 64, "kv": 48}
+COLUMNS = ("task", "length", "attention", "preset", "n", "score", "versus_dense", "standard_error", "density", "recall", "read_s")
+
+
+class Item(NamedTuple):
+    """What identifies an answer in the journal."""
+
+    task: str
+    length: int
+    question: int
+
+
+def messages(context: str, question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{context}\n\n{question}"}]
+
+
+def contexts(
+    engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *, num_questions: int, text: str
+) -> list[tuple[int, Context]]:
+    """One context per length and task; ``num_questions`` of a length are dealt out to its tasks."""
+    found = []
+    source = corpora.path_of(text)
+    for length in sorted(set(lengths)):
+        lines = engine.tokenizer.decode(read_tokens(engine.tokenizer, length, source)).splitlines()
+        for number, task in enumerate(tasks):
+            share = num_questions // len(tasks) + (number < num_questions % len(tasks))
+            context = make_context(
+                task,
+                length=length,
+                num_questions=share,
+                lines=lines,
+                count=lambda body: len(engine.chat_template.encode(messages(body, ""))),
+                max_new_tokens=MAX_NEW_TOKENS[task],
+            )
+            found.append((length, context))
+    return found
+
+
+def ask(llm: LLM, length: int, context: Context, number: int) -> Row:
+    """One answer as a row of the journal."""
+    question = context.questions[number]
+    prompt = llm.engine.chat_template.encode(messages(context.text, question.text))
+    assert len(prompt) + MAX_NEW_TOKENS[context.task] <= length, f"{len(prompt)} tokens were made for a prompt of {length}"
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_NEW_TOKENS[context.task])
+    with prefill_bar(f"{context.task} {length}") as on_event:
+        output = llm.generate(prompt, sampling, on_event=on_event)
+    return {
+        **Item(context.task, length, number)._asdict(),
+        "prompt_tokens": output.prompt_tokens,
+        "cached_tokens": output.cached_tokens,
+        "expected": list(question.answers),
+        "answer": output.text,
+        "score": score(output.text, question),
+        "ttft_s": output.metrics.ttft_s,
+        "density": output.metrics.density,
+        "recall": output.metrics.recall,
+    }
+
+
+def summarise(answers: Sequence[Row], dense: Sequence[Row] | None) -> Row:
+    """answers: one task, length and policy, by question; dense: the same questions, or None where dense was not asked."""
+    scores = [row["score"] for row in answers]
+    differences = [100 * (row["score"] - other["score"]) for row, other in zip(answers, dense, strict=True)] if dense else []
+    cold = max(answers, key=lambda row: row["prompt_tokens"] - row["cached_tokens"])  # the one that read the context
+    return {
+        "n": len(scores),
+        "score": 100 * statistics.fmean(scores),
+        "versus_dense": statistics.fmean(differences) if differences else None,
+        "standard_error": statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None,
+        "density": cold["density"],
+        "recall": cold["recall"],
+        "read_s": cold["ttft_s"],
+        "scores": scores,
+    }
+
+
+def run(
+    *,
+    model: str,
+    lengths: Sequence[int],
+    tasks: Sequence[str],
+    policies: Sequence[str],
+    num_questions: int,
+    text: str,
+    config: EngineConfig,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Ask every policy everything, print the report, return the record. Raises ConfigurationError for what cannot be asked."""
+    if not lengths or min(lengths) < 1 or num_questions < len(tasks) or not tasks or not policies:
+        raise ConfigurationError("lengths, tasks and policies must not be empty, and each task needs a question.", param="questions")
+    unknown = sorted(set(tasks) - set(TASKS))
+    if unknown:
+        raise ConfigurationError(f"There is no retrieval task {unknown[0]!r}; known are {', '.join(TASKS)}.", param="tasks")
+    configs = [EngineConfig.from_dict({**config.to_dict(), "attention": policy}) for policy in policies]
+    settings = {"lengths": sorted(set(lengths)), "tasks": list(tasks), "policies": list(policies), "questions": num_questions, "text": text}
+    experiment = Experiment("eval", "retrieval", settings={**settings, "generator_version": GENERATOR_VERSION}, output=output)
+    made: list[tuple[int, Context]] = []
+    answers: dict[tuple[str, str, int], list[Row]] = {}  # policy, task, length
+    presets: dict[str, str | None] = {}
+    for policy, policy_config in zip(policies, configs, strict=True):
+        llm = LLM(model, config=policy_config)
+        made = made or contexts(llm.engine, lengths, tasks, num_questions=num_questions, text=text)
+        presets[policy] = preset_of(llm.engine)
+        experiment.settings[policy] = engine_facts(llm.engine)
+        key = {"eval": "retrieval", **settings, "model_fingerprint": llm.engine.model_fingerprint, **policy_config.to_dict()}
+        path = output.with_name(f"{output.name}.{policy}.rows.jsonl") if output else None
+        with Journal(path, key, Item._fields, commit=experiment.git["commit"] if experiment.git else None) as journal:
+            for length, context in made:
+                answers[policy, context.task, length] = _answers(experiment, llm, length, context, journal)
+        llm.engine.close()
+    rows = []
+    for length, context in made:
+        dense = answers.get(("dense", context.task, length))
+        for policy in policies:
+            head = {"task": context.task, "length": length, "attention": policy, "preset": presets[policy]}
+            rows.append(head | summarise(answers[policy, context.task, length], dense if policy != "dense" else None))
+    return experiment.finish(rows, columns=COLUMNS, note="Points of 100; versus_dense: mean of paired differences.")
+
+
+def _answers(experiment: Experiment, llm: LLM, length: int, context: Context, journal: Journal) -> list[Row]:
+    rows = []
+    began = time.perf_counter()
+    for number in range(len(context.questions)):
+        row = journal.get(Item(context.task, length, number))
+        if row is None:
+            row = ask(llm, length, context, number)
+            journal.add(row)
+        rows.append(row)
+    mean = 100 * statistics.fmean(row["score"] for row in rows)
+    experiment.log(
+        f"{llm.engine.config.attention}: {context.task}, {length} tokens, {len(rows)} questions: {mean:.1f} points, "
+        f"{time.perf_counter() - began:.0f} s"
+    )
+    return rows
