@@ -63,7 +63,7 @@ def test_what_cannot_be_asked_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no retrieval task"):
         make("riddle")
     with pytest.raises(ConfigurationError, match="facts alone"):
-        make("multikey", length=150, num_questions=1)
+        make("multikey", length=115, num_questions=1)
 
 
 def test_differences_are_paired() -> None:

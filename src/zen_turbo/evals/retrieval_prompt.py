@@ -117,7 +117,7 @@ def _kv(length: int, num_questions: int, count: Callable[[str], int], room: int,
     def fresh() -> str:
         return str(uuid.UUID(int=generator.getrandbits(128), version=4))
 
-    pairs = [(fresh(), fresh()) for _ in range(length // 32)]
+    pairs = [(fresh(), fresh()) for _ in range(length // 16)]  # more than any tokenizer fits
 
     def text_with(number: int) -> str:
         return "JSON data:\n{" + ",\n".join(f'"{key}": "{value}"' for key, value in pairs[:number]) + "}"
