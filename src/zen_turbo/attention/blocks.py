@@ -99,8 +99,8 @@ def select_by_mass(
         sample_rows=sample_rows,
         logit_factor=logit_factor,
     )
-    if sparse_blocks is not None:
-        dense = [block for block in range(chosen.bits.shape[1]) if block not in sparse_blocks]
+    dense = [block for block in range(chosen.bits.shape[1]) if sparse_blocks is not None and block not in sparse_blocks]
+    if dense:
         everything = _every_page(first_position, chosen.bits.shape[1])
         chosen.bits[:, dense] = everything.bits[:, dense]
         chosen.counts[:, dense] = everything.counts[:, dense]
