@@ -255,6 +255,8 @@ def test_eval_passkey(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
         (("bench", "attention", "--length", "8x"), "8x"),
         (("bench", "prefill", "--lengths", "0"), "lengths"),
         (("eval", "passkey", "--depths", "0"), "depths"),
+        (("eval", "passkey", "--depths", "many"), "many"),
+        (("eval", "passkey", "--depths", "0,200"), "200"),
     ],
 )
 def test_impossible_measurements(run: Any, tiny_folder: Path, arguments: tuple[str, ...], word: str) -> None:

@@ -141,6 +141,10 @@ def test_scorer(answer: str, expected: bool) -> None:
 def test_depths() -> None:
     assert passkey.depths_of(11) == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
     assert passkey.depths_of(1) == [50]
+    assert passkey.depths_of([90, 0, 12.5, 0]) == [0, 12.5, 90]
+    for wrong in ([], [-1], [101], [float("nan")]):
+        with pytest.raises(ConfigurationError, match="percentages"):
+            passkey.depths_of(wrong)
     assert passkey.depths_of(4) == [0, 33.3333, 66.6667, 100]
     with pytest.raises(ConfigurationError):
         passkey.depths_of(0)

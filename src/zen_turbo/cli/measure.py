@@ -33,6 +33,14 @@ def integers(text: str, param: str) -> list[int]:
     return values
 
 
+def depths_from(text: str) -> int | list[float]:
+    """'11' -> 11, '0,25,90' -> [0, 25, 90]. Raises ConfigurationError."""
+    try:
+        return [float(part) for part in text.split(",")] if "," in text else int(text)
+    except ValueError:
+        raise ConfigurationError(f"depths must be a number of depths or percentages separated by commas, not {text!r}.", param="depths") from None
+
+
 @bench_app.command("attention")
 def bench_attention(
     length: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas; 8K is 8192.")] = "8192",
@@ -96,7 +104,7 @@ def bench_fidelity(
 def eval_passkey(
     model: Model = DEFAULT_MODEL,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas; 8K is 8192.")] = "8192,16384",
-    depths: Annotated[int, typer.Option(help="Depths of the key, evenly from 0 to 100 percent.")] = 11,
+    depths: Annotated[str, typer.Option(help="How many depths, evenly from 0 to 100 percent; or which, as in 0,25,90.")] = "11",
     seeds: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 1,
     share_prefix: Annotated[bool, typer.Option(help="Reuse the pages of what prompts have in common.")] = True,
     resume: Annotated[Path | None, typer.Option(help="Journal of finished rows. Default: beside --output.")] = None,
@@ -110,7 +118,7 @@ def eval_passkey(
     passkey.run(
         model=model,
         lengths=integers(lengths, "lengths"),
-        depths=depths,
+        depths=depths_from(depths),
         seeds=seeds,
         config=config,
         share_prefix=share_prefix,

@@ -48,8 +48,13 @@ class Cell(NamedTuple):
     seed: int
 
 
-def depths_of(count: int) -> list[float]:
-    """``count`` depths from 0 to 100 percent; one alone is the middle."""
+def depths_of(wanted: int | Sequence[float]) -> list[float]:
+    """So many depths evenly from 0 to 100 percent (one alone is the middle), or the ones given, ascending."""
+    if not isinstance(wanted, int):
+        if not wanted or not all(0 <= depth <= 100 for depth in wanted):
+            raise ConfigurationError(f"depths are percentages from 0 to 100, not {', '.join(map(str, wanted))}.", param="depths")
+        return sorted(set(wanted))
+    count = wanted
     if count < 1:
         raise ConfigurationError(f"depths must be at least 1, not {count}.", param="depths")
     if count == 1:
@@ -57,16 +62,16 @@ def depths_of(count: int) -> list[float]:
     return [round(100 * index / (count - 1), 4) for index in range(count)]
 
 
-def plan(lengths: Sequence[int], num_depths: int, num_seeds: int) -> list[Cell]:
+def plan(lengths: Sequence[int], depths: int | Sequence[float], num_seeds: int) -> list[Cell]:
     """Every cell, in the order that reuses the most (see the module's docstring): lengths ascend, depths go up and down in turns."""
     if not lengths or min(lengths) < 1:
         raise ConfigurationError("lengths must be positive.", param="lengths")
     if num_seeds < 1:
         raise ConfigurationError(f"seeds must be at least 1, not {num_seeds}.", param="seeds")
-    depths = depths_of(num_depths)
+    percent = depths_of(depths)
     cells: list[Cell] = []
     for group, (length, seed) in enumerate((length, seed) for length in sorted(set(lengths)) for seed in range(num_seeds)):
-        cells += [Cell(length, depth, seed) for depth in (reversed(depths) if group % 2 else depths)]
+        cells += [Cell(length, depth, seed) for depth in (reversed(percent) if group % 2 else percent)]
     return cells
 
 
@@ -184,7 +189,7 @@ def run(
     *,
     model: str,
     lengths: Sequence[int],
-    depths: int = 11,
+    depths: int | Sequence[float] = 11,
     seeds: int = 1,
     config: EngineConfig | None = None,
     share_prefix: bool = True,
@@ -194,7 +199,7 @@ def run(
     """Run the grid, print the report, return the record. Raises ConfigurationError, ContextLengthExceededError or InsufficientMemoryError
     before any prompt is read, and the engine's own errors."""
     cells = plan(lengths, depths, seeds)
-    settings = {"lengths": sorted(set(lengths)), "depths": depths, "seeds": seeds, "share_prefix": share_prefix}
+    settings = {"lengths": sorted(set(lengths)), "depths": depths_of(depths), "seeds": seeds, "share_prefix": share_prefix}
     experiment = Experiment("eval", "passkey", settings=settings, output=output)
     llm = LLM(model, config=config)
     engine = llm.engine
