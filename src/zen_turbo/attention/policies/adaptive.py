@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from zen_turbo.attention import blocks
-from zen_turbo.kernels import BlockLists, PageView
+
+if TYPE_CHECKING:
+    from zen_turbo.kernels import BlockLists, PageView
 
 # How pages depend on the share left out, and errors on pages, near a working point: pages ~ left_out^-_PAGES, error ~ pages^-_ERROR. Measured
 # roughly on source code at 16K to 64K; they set how far one correction goes, not where corrections end.
