@@ -115,9 +115,12 @@ def test_the_dual_chunk_section_of_a_published_checkpoint_is_honoured(tmp_path: 
         "local_size": 64,
         "original_max_position_embeddings": 256,
         "sparse_attention_enabled": True,
-        "sparse_attention_config": {"0": ["vertical_and_slash", 1000, 6096]},
     }
     (folder / "config.json").write_text(json.dumps(config))
+    budgets = [{"0": ["vertical_and_slash", 1000, 6096, 1.0]}, {"0": ["vertical_and_slash", 30, 800, 0.5]}]
+    (folder / "sparse_attention_config.json").write_text(json.dumps(budgets))
+    section = load_checkpoint(folder).config.sparse_attention
+    assert section == {"sparse_attention_enabled": True, "sparse_attention_config": budgets}
     by_section = tiny.logits(folder, token_ids, context_extension="dca", attention_temperature=False)
     assert torch.equal(by_section, by_knobs)
     warmer = tiny.logits(folder, token_ids, context_extension="dca")

@@ -12,7 +12,7 @@ from typing import Any
 
 from zen_turbo.errors import ConfigurationError
 
-ATTENTION_POLICIES = ("dense", "adaptive")
+ATTENTION_POLICIES = ("dense", "adaptive", "minference", "flexprefill", "xattention", "tri_shape")
 PRESETS = ("turbo", "balanced", "faithful")
 DTYPES = ("bfloat16", "float32")
 CONTEXT_EXTENSIONS = ("dca", "none")
@@ -28,7 +28,9 @@ class EngineConfig:
     """Settings of one engine. Sizes ending in ``_bytes`` are bytes, ``_tokens`` are tokens; None means "decided from model and machine"."""
 
     attention: str = _knob(
-        "dense", "Attention policy of the prefill: dense, or adaptive (sparse, experimental: its presets are not measured yet).",
+        "dense",
+        "Attention policy of the prefill: dense; adaptive (sparse, experimental: its presets are not measured yet); or a published sparse "
+        "method, for comparison: selection of these is in torch and slow.",
         choices=ATTENTION_POLICIES,
     )
     preset: str = _knob("balanced", "What adaptive attention aims at: speed, fidelity, or both.", choices=PRESETS)

@@ -15,15 +15,12 @@ import torch
 
 from zen_turbo import kernels
 from zen_turbo.attention import blocks, dca
+from zen_turbo.attention.blocks import Chunk, Queries
 from zen_turbo.attention.dca import DualChunk
 from zen_turbo.attention.fidelity import Fidelity
-from zen_turbo.attention.policies import adaptive
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import PAGE_TOKENS
 from zen_turbo.kernels import Angles, BlockLists, PageView
-
-# Three rotations of a query, each [rows, heads, head_dim]; None where no row needs it.
-Queries = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -178,17 +175,16 @@ class Attention:
             return self._dense_lists(plan.first_position, plan.num_rows, window)
         if fidelity is None or not plan.is_sparse(fidelity):
             return plan.lists
-        return adaptive.select(
-            queries,
-            kv,
-            fidelity.mass(layer),
-            fidelity.settings,
+        chunk = Chunk(
+            queries=queries,
+            kv=kv,
             first_position=plan.first_position,
             scale=self.scale,
             span_pages=self.span_pages,
             logit_factor=plan.logit_factor,
             sparse_blocks=plan.sparse_blocks(fidelity),
         )
+        return fidelity.select(chunk, layer)
 
     def _dense_lists(self, first_position: int, num_rows: int, window: int | None = None) -> BlockLists:
         return blocks.dense_lists(

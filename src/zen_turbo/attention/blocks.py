@@ -7,11 +7,103 @@ span L, no page and no block straddles two spans.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 from zen_turbo import kernels
 from zen_turbo.config import PAGE_TOKENS
 from zen_turbo.kernels import BlockLists, PageBits, PageView
+
+# Three rotations of a query, each [rows, heads, head_dim]; None where no row needs it.
+Queries = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What a policy is told: the queries of consecutive rows, whose keys are already stored, and the pages.
+
+    Rows are at first_position (a multiple of 64) and on. ``sparse_blocks``: the query blocks that may leave pages out. The rest as for
+    ``kernels.attend``.
+    """
+
+    queries: Queries
+    kv: PageView
+    first_position: int
+    scale: float
+    span_pages: int | None
+    logit_factor: torch.Tensor | None
+    sparse_blocks: range
+
+    @property
+    def _first(self) -> torch.Tensor:
+        first = self.queries[0]
+        assert first is not None
+        return first
+
+    @property
+    def num_rows(self) -> int:
+        return self._first.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self._first.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        return num_blocks(self.num_rows)
+
+    @property
+    def first_block(self) -> int:
+        return self.first_position // PAGE_TOKENS
+
+    @property
+    def num_pages(self) -> int:
+        """Pages up to the last row's."""
+        return self.first_block + self.num_blocks
+
+    def kv_head(self, head: int) -> int:
+        return head // (self.num_heads // self.kv.pages.shape[1])
+
+    def keys(self, kv_head: int) -> torch.Tensor:
+        """The rotated keys of one KV head, float32 [num_pages * 64, head_dim], zero where nothing is stored yet. Cost: a copy of all keys."""
+        dtype, head_dim = self._first.dtype, self._first.shape[2]
+        num_bytes = PAGE_TOKENS * head_dim * dtype.itemsize
+        stored = self.kv.pages[self.kv.page_table[: self.num_pages].long(), kv_head, :num_bytes].view(dtype)
+        pair = 2 if dtype == torch.bfloat16 else 1  # the layouts of csrc/kernels.h
+        tiles = stored.view(self.num_pages, PAGE_TOKENS // 16, head_dim // pair, 16, pair)
+        return tiles.permute(0, 1, 3, 2, 4).reshape(-1, head_dim).float()
+
+    def mean_keys(self, kv_head: int) -> torch.Tensor:
+        """Mean key of each page before the first row's, float32 [first_block, head_dim], and of the run's own pages that are full."""
+        assert self.kv.summaries is not None
+        full = (self.first_position + self.num_rows) // PAGE_TOKENS
+        return self.kv.summaries[self.kv.page_table[:full].long(), kv_head, 0]
+
+    def variant_runs(self, block: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(variant, first page, end page): what the rows of a query block use for pages [0, count)."""
+        if self.span_pages is None:
+            yield 0, 0, count
+            return
+        own = (self.first_block + block) // self.span_pages
+        bounds = (0, max(own - 1, 0) * self.span_pages, own * self.span_pages, count)
+        for variant, first, end in zip((2, 1, 0), bounds, bounds[1:], strict=False):
+            if min(end, count) > first:
+                yield variant, first, min(end, count)
+
+    def logits(self, rows: torch.Tensor, head: int, keys: torch.Tensor, *, per_page: int = PAGE_TOKENS) -> torch.Tensor:
+        """Logits of some rows of one query block over ``keys`` (float32 [pages * per_page, head_dim], one KV head), float32 [rows, keys], not
+        masked. per_page: 64 for keys, 1 for page means."""
+        block = int(rows[0]) // PAGE_TOKENS
+        count = len(keys) // per_page
+        parts = []
+        for variant, first, end in self.variant_runs(block, count):
+            queries = self.queries[variant]
+            assert queries is not None
+            parts.append(queries[rows, head].float() @ keys[first * per_page : end * per_page].T)
+        result = torch.cat(parts, dim=1) * self.scale
+        return result if self.logit_factor is None else result * self.logit_factor[rows, None]
 
 
 def num_blocks(num_rows: int) -> int:
@@ -69,42 +161,49 @@ def _every_page(first_position: int, count: int) -> PageBits:
     return pack_bits(torch.ones((1, count, num_pages), dtype=torch.bool), first_position=first_position)
 
 
+def lists_of(chosen: PageBits, chunk: Chunk) -> BlockLists:
+    """The lists of what a policy chose. Query blocks outside ``chunk.sparse_blocks`` read everything; writes into ``chosen`` for them."""
+    dense = [block for block in range(chunk.num_blocks) if block not in chunk.sparse_blocks]
+    if dense:
+        everything = _every_page(chunk.first_position, chunk.num_blocks)
+        chosen.bits[:, dense] = everything.bits[:, dense]
+        chosen.counts[:, dense] = everything.counts[:, dense]
+    return from_bits(chosen, first_position=chunk.first_position, num_heads=chunk.num_heads, span_pages=chunk.span_pages)
+
+
+def lists_from_mask(keep: torch.Tensor, chunk: Chunk, *, sink_pages: int, local_pages: int) -> BlockLists:
+    """Lists of a policy that says bool [heads, blocks, pages]; the diagonal, sinks and local pages are kept whatever it says."""
+    return lists_of(pack_bits(keep, first_position=chunk.first_position, sink_pages=sink_pages, local_pages=local_pages), chunk)
+
+
+def largest_by_mass(energy: torch.Tensor, mass: float) -> torch.Tensor:
+    """bool like energy [..., pages]: the fewest largest entries of each row that reach ``mass`` of its sum; all of them for mass >= 1."""
+    if mass >= 1:
+        return torch.ones_like(energy, dtype=torch.bool)
+    ordered, order = energy.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    kept = before < mass * energy.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
 def select_by_mass(
-    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    kv: PageView,
-    mass: torch.Tensor,
-    *,
-    first_position: int,
-    scale: float,
-    span_pages: int | None,
-    sink_pages: int,
-    local_pages: int,
-    most_pages: int | None = None,
-    sample_rows: int = 8,
-    logit_factor: torch.Tensor | None = None,
-    sparse_blocks: range | None = None,
+    chunk: Chunk, mass: torch.Tensor, *, sink_pages: int, local_pages: int, most_pages: int | None = None, sample_rows: int = 8
 ) -> BlockLists:
-    """The pages of largest estimated mass for each head and query block, natively; see ``kernels.select_pages``. Query blocks of this run
-    outside ``sparse_blocks``, if that is given, read everything."""
+    """The pages of largest estimated mass for each head and query block, natively; see ``kernels.select_pages``."""
     chosen = kernels.select_pages(
-        queries,
-        kv,
+        chunk.queries,
+        chunk.kv,
         mass,
-        first_position=first_position,
-        scale=scale,
-        span_pages=span_pages,
+        first_position=chunk.first_position,
+        scale=chunk.scale,
+        span_pages=chunk.span_pages,
         sink_pages=sink_pages,
         local_pages=local_pages,
         most_pages=most_pages,
         sample_rows=sample_rows,
-        logit_factor=logit_factor,
+        logit_factor=chunk.logit_factor,
     )
-    dense = [block for block in range(chosen.bits.shape[1]) if sparse_blocks is not None and block not in sparse_blocks]
-    if dense:
-        everything = _every_page(first_position, chosen.bits.shape[1])
-        chosen.bits[:, dense] = everything.bits[:, dense]
-        chosen.counts[:, dense] = everything.counts[:, dense]
-    return from_bits(chosen, first_position=first_position, num_heads=mass.shape[0], span_pages=span_pages)
+    return lists_of(chosen, chunk)
 
 
 def pages_read(lists: BlockLists, *, block: int, num_blocks: int, num_heads: int) -> torch.Tensor:

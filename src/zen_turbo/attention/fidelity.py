@@ -13,16 +13,19 @@ prefix goes on from there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from zen_turbo.attention.blocks import Chunk
 from zen_turbo.attention.policies import adaptive
 from zen_turbo.attention.policies.adaptive import AdaptiveSettings
 from zen_turbo.config import PAGE_TOKENS
 from zen_turbo.kernels import BlockLists
 
 WINDOW_TOKENS = 8192
+Select = Callable[[Chunk, int], BlockLists]  # chunk, layer
 
 
 def samples_in(window: int) -> int:
@@ -43,20 +46,24 @@ class Mark(NamedTuple):
 
 
 class Fidelity:
-    """dense_below: rows at earlier positions read everything. dense_from: rows at this position and later read everything (the prompt's end).
+    """policy: settings of the adaptive policy, which is steered, or another policy, which is only measured.
+
+    dense_below: rows at earlier positions read everything. dense_from: rows at this position and later read everything (the prompt's end).
     Both are moved to whole query blocks, towards more dense ones.
 
     The end differs from prompt to prompt, so chunks that reach into it must not be shared as a prefix; what is learnt stops before it.
     """
 
     def __init__(
-        self, settings: AdaptiveSettings, *, num_layers: int, num_heads: int, dense_below: int, dense_from: int
+        self, policy: AdaptiveSettings | Select, *, num_layers: int, num_heads: int, dense_below: int, dense_from: int
     ) -> None:
-        self.settings = settings
+        self._policy = policy
         self.dense_below = -(-dense_below // PAGE_TOKENS) * PAGE_TOKENS
         self.dense_from = dense_from // PAGE_TOKENS * PAGE_TOKENS
         self.marks: dict[int, Mark] = {}
-        share = adaptive.starting_share(num_layers, num_heads, settings)
+        share = torch.zeros((num_layers, num_heads))
+        if isinstance(policy, AdaptiveSettings):
+            share = adaptive.starting_share(num_layers, num_heads, policy)
         self._known = Mark(share, *(torch.zeros_like(share) for _ in range(3)))
         self._kept = 0
         self._causal = 0
@@ -66,12 +73,19 @@ class Fidelity:
         """Share of estimated mass to keep in this chunk, float32 [heads]."""
         return 1 - self._known.left_out[layer]
 
+    def select(self, chunk: Chunk, layer: int) -> BlockLists:
+        """The policy's lists for one layer of a chunk."""
+        if isinstance(self._policy, AdaptiveSettings):
+            return adaptive.select(chunk, self.mass(layer), self._policy)
+        return self._policy(chunk, layer)
+
     def begin_chunk(self, first_position: int) -> None:
         """Heed what was learnt if a window begins here, and remember the state of things."""
         if first_position % WINDOW_TOKENS == 0:
             share, errors, pages, samples = self._known
-            counts = samples.clamp_min(1)
-            share = adaptive.adapt(share, errors / counts, pages / counts, self.settings)
+            if isinstance(self._policy, AdaptiveSettings):
+                counts = samples.clamp_min(1)
+                share = adaptive.adapt(share, errors / counts, pages / counts, self._policy)
             self._known = Mark(share, *(torch.zeros_like(share) for _ in range(3)))
         self.marks[first_position] = Mark(*(value.clone() for value in self._known))
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from zen_turbo.attention.fidelity import WINDOW_TOKENS, Fidelity, Mark
-from zen_turbo.attention.policies import adaptive
+from zen_turbo.attention.selection import policy_of
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine import memory
 from zen_turbo.engine.request import (
@@ -312,8 +312,14 @@ class Engine:
 
     def new_fidelity(self, *, dense_from: int) -> Fidelity:
         """What steers and measures one sparse prefill with the engine's settings; rows from ``dense_from`` on read everything."""
+        policy = policy_of(
+            self.config.attention,
+            preset=self.config.preset,
+            mass=self.config.fidelity,
+            sparse_attention=self.model_config.sparse_attention,
+        )
         return Fidelity(
-            adaptive.settings_of(self.config.preset, self.config.fidelity),
+            policy,
             num_layers=self.model_config.num_hidden_layers,
             num_heads=self.model_config.num_attention_heads,
             dense_below=self.config.dense_tokens,

@@ -22,8 +22,8 @@ import torch
 
 from zen_turbo import kernels
 from zen_turbo.attention import dca
-from zen_turbo.attention.attend import Attention, ChunkPlan, Queries
-from zen_turbo.attention.blocks import pages_read
+from zen_turbo.attention.attend import Attention, ChunkPlan
+from zen_turbo.attention.blocks import Queries, pages_read
 from zen_turbo.attention.dca import DualChunk
 from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.attention.rope import RotaryEmbedding

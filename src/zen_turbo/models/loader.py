@@ -236,22 +236,26 @@ def _shards(folder: Path) -> list[Path]:
     return [single]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *, kind: type = dict) -> Any:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CorruptFileError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read.")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path} is not a JSON object.")
+    if not isinstance(value, kind):
+        raise CorruptFileError(f"{path} is not a JSON {'object' if kind is dict else 'array'}.")
     return value
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    generation = folder / "generation_config.json"
+    generation, sparse = folder / "generation_config.json", folder / "sparse_attention_config.json"
+    values = _read_json(folder / "config.json")
+    section = values.get("dual_chunk_attention_config")
+    if sparse.exists() and isinstance(section, dict):  # the 1M checkpoints publish the budgets of their heads in a file of their own
+        section.setdefault("sparse_attention_config", _read_json(sparse, kind=list))
     config = model_config.from_huggingface(
-        _read_json(folder / "config.json"), _read_json(generation) if generation.exists() else None, where=str(folder / "config.json")
+        values, _read_json(generation) if generation.exists() else None, where=str(folder / "config.json")
     )
     tensors = _SafeTensors(folder, config.tie_word_embeddings)
     try:

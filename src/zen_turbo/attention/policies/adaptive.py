@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from zen_turbo.attention import blocks
+from zen_turbo.attention.blocks import Chunk
 
 if TYPE_CHECKING:
-    from zen_turbo.kernels import BlockLists, PageView
+    from zen_turbo.kernels import BlockLists
 
 # How pages depend on the share left out, and errors on pages, near a working point: pages ~ left_out^-_PAGES, error ~ pages^-_ERROR. Measured
 # roughly on source code at 16K to 64K; they set how far one correction goes, not where corrections end.
@@ -59,32 +60,10 @@ def settings_of(preset: str, mass: float | None) -> AdaptiveSettings:
     return settings if mass is None else dataclasses.replace(settings, mass=mass, least_mass=mass, most_mass=mass)
 
 
-def select(
-    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    kv: PageView,
-    mass: torch.Tensor,
-    settings: AdaptiveSettings,
-    *,
-    first_position: int,
-    scale: float,
-    span_pages: int | None,
-    logit_factor: torch.Tensor | None,
-    sparse_blocks: range,
-) -> BlockLists:
-    """Lists for every head; mass: float32 [heads]. Query blocks of this run outside ``sparse_blocks`` read everything. The other arguments as
-    for ``kernels.attend``."""
+def select(chunk: Chunk, mass: torch.Tensor, settings: AdaptiveSettings) -> BlockLists:
+    """Lists for every head; mass: float32 [heads]."""
     return blocks.select_by_mass(
-        queries,
-        kv,
-        mass,
-        first_position=first_position,
-        scale=scale,
-        span_pages=span_pages,
-        sink_pages=settings.sink_pages,
-        local_pages=settings.local_pages,
-        sample_rows=settings.sample_rows,
-        logit_factor=logit_factor,
-        sparse_blocks=sparse_blocks,
+        chunk, mass, sink_pages=settings.sink_pages, local_pages=settings.local_pages, sample_rows=settings.sample_rows
     )
 
 
