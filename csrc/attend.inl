@@ -86,11 +86,13 @@ struct Scratch {
   int64_t* position;      // [rows]
   float* s;               // [ROWS][KEYS]
   typename Dot::A* p;     // [ROWS][KEYS]
+  typename Dot::Stored* unpacked;  // [BATCH] pages: of int8 pages only
 
-  static int64_t bytes(int rows, int head_dim) {
+  static int64_t bytes(int rows, int head_dim, bool int8) {
     const int64_t tile = int64_t(rows) * head_dim;
     return 3 * pad(tile * sizeof(typename Dot::A)) + pad(tile * 4) + pad(rows * 64) + 2 * pad(rows * 4) + pad(rows * 8) +
-           pad(ROWS * KEYS * 4) + pad(ROWS * KEYS * sizeof(typename Dot::A)) + 64;
+           pad(ROWS * KEYS * 4) + pad(ROWS * KEYS * sizeof(typename Dot::A)) +
+           (int8 ? BATCH * 2 * int64_t(ZT_PAGE) * head_dim * Dot::STORED_BYTES : 0) + 64;
   }
   static int64_t pad(int64_t n) { return (n + 63) / 64 * 64; }
   void place(char* at, int rows, int head_dim) {
@@ -103,7 +105,8 @@ struct Scratch {
     factor = (float*)at, at += pad(rows * 4);
     position = (int64_t*)at, at += pad(rows * 8);
     s = (float*)at, at += pad(ROWS * KEYS * 4);
-    p = (typename Dot::A*)at;
+    p = (typename Dot::A*)at, at += pad(ROWS * KEYS * sizeof(typename Dot::A));
+    unpacked = (typename Dot::Stored*)at;
   }
 };
 
@@ -114,6 +117,9 @@ struct Tile {
   int64_t q_stride;
   int rows, head_dim;
   const char* pages;  // of this KV head
+  const char* open;   // the page that is not full, where pages are int8
+  int64_t open_page;
+  bool int8;
   int64_t slot_stride;
   const int32_t* page_table;
   const int32_t* entries;
@@ -181,7 +187,8 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
   for (int64_t i = 0; i < int64_t(t.rows) * head_dim; i += 16) store(w.o + i, zero());
   for (int r = 0; r < t.rows; r++) store(w.sum + r * 16, zero()), w.top[r] = NEGATIVE;
   bool loaded[3] = {false, false, false};
-  const int64_t page_bytes = 2 * int64_t(ZT_PAGE) * head_dim * Dot::STORED_BYTES;
+  const int64_t elements = 2 * int64_t(ZT_PAGE) * head_dim;
+  const int64_t page_bytes = t.int8 ? int8_page_bytes(head_dim) : elements * Dot::STORED_BYTES;
   const int strips = (t.rows + ROWS - 1) / ROWS;
   const int64_t share = (BATCH * page_bytes / 64 + strips - 1) / strips;  // cache lines of the next batch fetched per strip
 
@@ -195,6 +202,13 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
       const int32_t entry = t.entries[e + i];
       const int64_t first = int64_t(entry >> 2) * ZT_PAGE;
       k_pages[i] = t.pages + int64_t(t.page_table[entry >> 2]) * t.slot_stride;
+      if (t.int8 && (entry >> 2) == t.open_page) {
+        k_pages[i] = t.open;
+      } else if (t.int8) {
+        typename Dot::Stored* to = w.unpacked + i * elements;
+        unpack_page<Dot>(k_pages[i], head_dim, to);
+        k_pages[i] = (const char*)to;
+      }
       masked[i] = first + ZT_PAGE - 1 > w.position[0] || (t.window && first <= w.position[t.rows - 1] - t.window);
       const int variant = entry & 3;
       if (!loaded[variant]) {
@@ -239,6 +253,9 @@ static Tile<Dot> tile_of(const zt_attend_args* a, int64_t kv_head) {
   t.pages = a->kv.pages + kv_head * a->kv.head_stride;
   t.slot_stride = a->kv.slot_stride;
   t.page_table = a->kv.page_table;
+  t.int8 = a->kv.dtype == ZT_INT8;
+  t.open = t.int8 ? a->kv.open + kv_head * a->kv.open_head_stride : nullptr;
+  t.open_page = a->kv.open_page;
   t.window = a->window;
   return t;
 }
@@ -246,7 +263,7 @@ static Tile<Dot> tile_of(const zt_attend_args* a, int64_t kv_head) {
 template <class Dot>
 static int attend_typed(const zt_attend_args* a) {
   const int64_t blocks = (a->num_rows + ZT_PAGE - 1) / ZT_PAGE, items = blocks * a->q_heads, group = a->q_heads / a->kv_heads;
-  const int64_t bytes = Scratch<Dot>::bytes(ZT_PAGE, a->head_dim);
+  const int64_t bytes = Scratch<Dot>::bytes(ZT_PAGE, a->head_dim, a->kv.dtype == ZT_INT8);
   char* memory = (char*)__builtin_malloc(size_t(bytes) * a->num_threads);
   if (!memory) return ZT_NO_MEMORY;
 #pragma omp parallel num_threads(a->num_threads)
@@ -296,7 +313,7 @@ static int decode_typed(const zt_attend_args* a) {
     if (n > parts) parts = n;
   }
   if (parts > 64) parts = 64;
-  const int64_t bytes = Scratch<Dot>::bytes(int(group), head_dim);
+  const int64_t bytes = Scratch<Dot>::bytes(int(group), head_dim, a->kv.dtype == ZT_INT8);
   const int64_t state = group * (head_dim + 16 + 16);  // o, sum, top (padded) of one part
   char* memory = (char*)__builtin_malloc(size_t(bytes) * a->num_threads + size_t(groups * parts * state) * 4 + 64);
   if (!memory) return ZT_NO_MEMORY;

@@ -94,8 +94,12 @@ const zt_kernels* selected() {
 
 bool known_head_dim(int d) { return d == 64 || d == 80 || d == 96 || d == 128 || d == 256; }
 
+bool valid_pages(const zt_page_view* kv, int32_t dtype) {
+  return kv->pages && kv->page_table && (kv->dtype == dtype || (kv->dtype == ZT_INT8 && kv->open && kv->open_page >= -1));
+}
+
 bool valid(const zt_attend_args* a) {
-  return a && a->q[0] && a->out && a->kv.pages && a->kv.page_table && a->list_offsets && a->list_entries && a->heads_per_list > 0 &&
+  return a && a->q[0] && a->out && valid_pages(&a->kv, a->dtype) && a->list_offsets && a->list_entries && a->heads_per_list > 0 &&
          a->num_rows > 0 && a->first_position >= 0 && a->window >= 0 && a->q_heads > 0 && a->kv_heads > 0 &&
          a->q_heads % a->kv_heads == 0 && a->q_heads % a->heads_per_list == 0 && known_head_dim(a->head_dim) &&
          (a->dtype == ZT_BF16 || a->dtype == ZT_F32) && a->scale > 0 && a->num_threads > 0;
@@ -135,7 +139,7 @@ int zt_attend(const zt_attend_args* a) { return valid(a) ? selected()->attend(a)
 int zt_decode(const zt_attend_args* a) { return valid(a) && a->num_rows == 1 ? selected()->decode(a) : ZT_BAD_ARGUMENT; }
 
 int zt_store(const zt_store_args* a) {
-  const bool ok = a && a->qkv && a->kv.pages && a->kv.page_table && a->num_rows > 0 && a->first_position >= 0 && a->q_heads > 0 &&
+  const bool ok = a && a->qkv && valid_pages(&a->kv, a->dtype) && a->num_rows > 0 && a->first_position >= 0 && a->q_heads > 0 &&
                   a->kv_heads > 0 && known_head_dim(a->head_dim) && (a->dtype == ZT_BF16 || a->dtype == ZT_F32) && a->num_threads > 0 &&
                   (a->first_position + a->num_rows + ZT_PAGE - 1) / ZT_PAGE <= a->kv.num_pages;
   return ok ? selected()->store(a) : ZT_BAD_ARGUMENT;

@@ -121,12 +121,24 @@ static void page_means(const typename S::T* k_page, int head_dim, float* means) 
 }
 
 template <class S, class Dot>
-static void store_typed(const zt_store_args* a) {
+static int store_typed(const zt_store_args* a) {
   const int head_dim = a->head_dim;
   const int64_t first_page = a->first_position / ZT_PAGE, last = a->first_position + a->num_rows;
   const int64_t num_pages = (last + ZT_PAGE - 1) / ZT_PAGE - first_page;
   const int64_t k_offset = int64_t(a->q_heads) * head_dim, v_offset = k_offset + int64_t(a->kv_heads) * head_dim;
   constexpr int pair = Dot::PAIR;
+  // int8: a page is collected in scratch (one page per thread) and quantised when it is full. What it had before this call is in the open
+  // page, which is copied first: another thread may write the next open page there.
+  const bool int8 = a->kv.dtype == ZT_INT8;
+  const int64_t elements = int64_t(2) * ZT_PAGE * head_dim;
+  typename S::T* collected = nullptr;
+  if (int8) {
+    collected = (typename S::T*)__builtin_malloc(size_t(elements) * sizeof(typename S::T) * (a->kv_heads + a->num_threads));
+    if (!collected) return ZT_NO_MEMORY;
+    if (a->first_position % ZT_PAGE)
+      for (int h = 0; h < a->kv_heads; h++)
+        __builtin_memcpy(collected + h * elements, a->kv.open + h * a->kv.open_head_stride, size_t(elements) * sizeof(typename S::T));
+  }
 #pragma omp parallel num_threads(a->num_threads) if (a->num_rows > 8)
   {
 #pragma omp for schedule(static) nowait
@@ -154,12 +166,14 @@ static void store_typed(const zt_store_args* a) {
       alignas(64) float x[256], y[256];
       alignas(64) typename S::T rounded[256];
       const int64_t page = first_page + item / a->kv_heads, h = item % a->kv_heads;
-      typename S::T* k_page = (typename S::T*)(a->kv.pages + int64_t(a->kv.page_table[page]) * a->kv.slot_stride + h * a->kv.head_stride);
+      char* slot = a->kv.pages + int64_t(a->kv.page_table[page]) * a->kv.slot_stride + h * a->kv.head_stride;
+      typename S::T* k_page = int8 ? collected + (a->kv_heads + omp_get_thread_num()) * elements : (typename S::T*)slot;
       typename S::T* v_page = k_page + int64_t(ZT_PAGE) * head_dim;
       int64_t begin = page * ZT_PAGE, end = begin + ZT_PAGE;
       if (begin < a->first_position) begin = a->first_position;
       if (end > last) end = last;
-      if (begin % ZT_PAGE == 0 && end - begin < ZT_PAGE) __builtin_memset(k_page, 0, size_t(2) * ZT_PAGE * head_dim * sizeof(*k_page));
+      if (begin % ZT_PAGE == 0 && end - begin < ZT_PAGE) __builtin_memset(k_page, 0, size_t(elements) * sizeof(*k_page));
+      if (int8 && begin % ZT_PAGE) __builtin_memcpy(k_page, collected + h * elements, size_t(elements) * sizeof(*k_page));
       for (int64_t position = begin; position < end; position++) {
         const int64_t i = position - a->first_position, key = position % ZT_PAGE;
         const typename S::T* row = (const typename S::T*)a->qkv + i * a->qkv_row_stride;
@@ -178,10 +192,14 @@ static void store_typed(const zt_store_args* a) {
         typename S::T* v = v_page + key / pair * pair * head_dim + key % pair;
         for (int d = 0; d < head_dim; d++) v[d * pair] = value[d];
       }
+      if (int8 && end % ZT_PAGE) __builtin_memcpy(a->kv.open + h * a->kv.open_head_stride, k_page, size_t(elements) * sizeof(*k_page));
+      if (int8 && end % ZT_PAGE == 0) pack_page<S, Dot>(k_page, head_dim, slot);
       if (a->summaries && end % ZT_PAGE == 0)
         page_means<S, Dot>(k_page, head_dim, a->summaries + int64_t(a->kv.page_table[page]) * a->summary_slot_stride + h * 2 * head_dim);
     }
   }
+  __builtin_free(collected);
+  return ZT_OK;
 }
 
 static int norm(const zt_norm_args* a) {
@@ -193,8 +211,7 @@ static int silu(const zt_silu_args* a) {
   return ZT_OK;
 }
 static int store_pages(const zt_store_args* a) {
-  a->dtype == ZT_BF16 ? store_typed<Bf16Store, Bf16Dot>(a) : store_typed<F32Store, F32Dot>(a);
-  return ZT_OK;
+  return a->dtype == ZT_BF16 ? store_typed<Bf16Store, Bf16Dot>(a) : store_typed<F32Store, F32Dot>(a);
 }
 
 }  // namespace

@@ -101,6 +101,17 @@ struct F32Dot {
   static inline vec exp2(vec x) { return exp2_fine(x); }
 };
 
+static inline vec load_i8(const int8_t* p) {
+  const __m128i codes = _mm_loadu_si128((const __m128i*)p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)))};
+}
+static inline vec set_pair(const float* p) {  // p[0], p[1], p[0], ...
+  double both;
+  __builtin_memcpy(&both, p, 8);
+  const __m256 half = _mm256_castpd_ps(_mm256_set1_pd(both));
+  return {half, half};
+}
+
 struct Bf16Dot {
   typedef float A;
   typedef uint16_t Stored;
@@ -132,6 +143,7 @@ struct Bf16Dot {
 
 }  // namespace
 
+#include "quantise.inl"
 #include "attend.inl"
 #include "elementwise.inl"
 #include "select.inl"

@@ -38,6 +38,7 @@ struct Bf16Dot {
 
 }  // namespace
 
+#include "quantise.inl"
 #include "attend.inl"
 #include "elementwise.inl"
 #include "select.inl"

@@ -48,6 +48,13 @@ static inline vec load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 
+static inline vec load_i8(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+static inline vec set_pair(const float* p) {  // p[0], p[1], p[0], ...
+  double both;
+  __builtin_memcpy(&both, p, 8);
+  return _mm512_castpd_ps(_mm512_set1_pd(both));
+}
+
 struct F32Dot {
   typedef float A;
   typedef float Stored;

@@ -71,6 +71,14 @@ static inline void store_bf16(uint16_t* p, vec v) {  // nearest even
   *(hvec*)p = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, hvec);
 }
 
+typedef int8_t bvec __attribute__((vector_size(16), aligned(1)));
+static inline vec load_i8(const int8_t* p) { return __builtin_convertvector(*(const bvec*)p, vec); }
+static inline vec set_pair(const float* p) {  // p[0], p[1], p[0], ...
+  vec v;
+  for (int i = 0; i < 16; i++) v[i] = p[i & 1];
+  return v;
+}
+
 struct F32Dot {
   typedef float A;
   typedef float Stored;
@@ -112,6 +120,7 @@ struct Bf16Dot {
 
 }  // namespace
 
+#include "quantise.inl"
 #include "attend.inl"
 #include "elementwise.inl"
 #include "select.inl"

@@ -12,18 +12,23 @@
 #include <stdint.h>
 
 #define ZT_PAGE 64
-#define ZT_ABI_VERSION 2
+#define ZT_ABI_VERSION 3
 
-enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1 };
+enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1, ZT_INT8 = 2 /* pages only */ };
 enum zt_status { ZT_OK = 0, ZT_BAD_ARGUMENT = 1, ZT_NO_MEMORY = 2 };
 
-/* Where the pages of one layer are. */
+/* Where the pages of one layer are. With int8 pages (layout: quantise.inl) the page that is not full yet is kept in the call's dtype at
+ * open + kv_head * open_head_stride; open_page is its number, or -1 when every page is full. */
 typedef struct {
   char* pages;
   int64_t slot_stride; /* bytes */
   int64_t head_stride; /* bytes */
   const int32_t* page_table;
   int64_t num_pages; /* entries of page_table */
+  char* open;
+  int64_t open_head_stride; /* bytes */
+  int64_t open_page;
+  int32_t dtype; /* of the pages: the call's, or ZT_INT8 */
 } zt_page_view;
 
 /* Block-sparse flash attention of a run of consecutive positions.

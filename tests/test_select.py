@@ -157,8 +157,10 @@ def test_all_of_the_mass_is_all_of_the_pages(isa: str) -> None:
     qkv[:, :4] *= 8  # most energies are zero in floating point
     view = with_summaries(make_view(70, 2, 64, torch.bfloat16), 64)
     q = store(qkv, view, heads=4)[64 * 66 :].contiguous()
-    settings = {"first_position": 64 * 66, "scale": 0.125, "span_pages": 20, "sink_pages": 0, "local_pages": 0}
-    lists = blocks.select_by_mass((q, q, q), view, torch.ones(4), **settings)
+    chunk = blocks.Chunk(
+        queries=(q, q, q), kv=view, first_position=64 * 66, scale=0.125, span_pages=20, logit_factor=None, sparse_blocks=range(4)
+    )
+    lists = blocks.select_by_mass(chunk, torch.ones(4), sink_pages=0, local_pages=0)
     dense = blocks.dense_lists(first_position=64 * 66, num_rows=256, num_heads=4, span_pages=20)
     assert lists.heads_per_list == 1
     assert torch.equal(lists.entries, dense.entries.repeat(4))

@@ -13,6 +13,7 @@ from typing import Any
 from zen_turbo.errors import ConfigurationError
 
 ATTENTION_POLICIES = ("dense", "adaptive", "minference", "flexprefill", "xattention", "tri_shape")
+KV_DTYPES = ("auto", "int8")
 PRESETS = ("turbo", "balanced", "faithful")
 DTYPES = ("bfloat16", "float32")
 CONTEXT_EXTENSIONS = ("dca", "none")
@@ -48,6 +49,7 @@ class EngineConfig:
     )
     prefill_chunk_tokens: int = _knob(2048, "Prefill scheduling unit in tokens, on a fixed grid of absolute positions; a multiple of 64.")
     dtype: str = _knob("bfloat16", "Type of weights, activations and KV pages.", choices=DTYPES)
+    kv_dtype: str = _knob("auto", "Type of the KV pages: auto (as dtype) or int8, half the memory of bfloat16.", choices=KV_DTYPES)
     kv_cache_bytes: int | None = _knob(None, "Most memory the KV pages may take, in bytes. Default: 85 % of the memory free after loading.")
     num_threads: int | None = _knob(None, "Compute threads. Default: the CPUs this process may use.")
     dca_chunk_size: int | None = _knob(None, "DCA chunk_size in tokens. Default: the checkpoint's own, else the trained window.")

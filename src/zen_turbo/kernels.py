@@ -27,8 +27,9 @@ from zen_turbo.errors import KernelError
 ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+_INT8 = 2
 _NUM_VARIANTS = 3
 
 _pointer = ctypes.c_void_p
@@ -44,6 +45,10 @@ class _PageView(ctypes.Structure):
         ("head_stride", _int64),
         ("page_table", _pointer),
         ("num_pages", _int64),
+        ("open", _pointer),
+        ("open_head_stride", _int64),
+        ("open_page", _int64),
+        ("dtype", _int32),
     )
 
 
@@ -169,14 +174,26 @@ class _SiluArgs(ctypes.Structure):
 class PageView(NamedTuple):
     """The pages of one layer and the page table of one sequence.
 
-    pages: uint8 [num_slots, num_key_value_heads, page_bytes]; page_bytes = 2 * 64 * head_dim * itemsize, K then V, packed as in kernels.h.
+    pages: uint8 [num_slots, num_key_value_heads, page_bytes(head_dim, dtype or int8)], packed as in kernels.h and quantise.inl.
     page_table: int32 [num_pages], logical page -> slot.
     summaries: float32 [num_slots, num_key_value_heads, 2, head_dim], mean key and mean value of each full page, or None: not kept.
+    open_page: uint8 [num_key_value_heads, page_bytes(head_dim, dtype)], for int8 pages: where the page that is not full yet is collected in
+    the dtype of the queries; None: pages have that dtype themselves. stored_tokens: how many tokens the sequence has stored, which says which
+    page is open (only read with int8 pages).
     """
 
     pages: torch.Tensor
     page_table: torch.Tensor
     summaries: torch.Tensor | None = None
+    open_page: torch.Tensor | None = None
+    stored_tokens: int = 0
+
+
+def page_bytes(head_dim: int, dtype: torch.dtype) -> int:
+    """Size of one page: 64 keys and values of one KV head in bfloat16, float32 or int8 (with its scales)."""
+    if dtype == torch.int8:
+        return 2 * PAGE_TOKENS * head_dim + 4 * (head_dim + PAGE_TOKENS)
+    return 2 * PAGE_TOKENS * head_dim * dtype.itemsize
 
 
 class BlockLists(NamedTuple):
@@ -310,12 +327,19 @@ def _call(name: str, args: ctypes.Structure) -> None:
 
 
 def _page_view(kv: PageView, head_dim: int, dtype: torch.dtype) -> _PageView:
-    pages, page_table, _ = kv
-    page_bytes = 2 * PAGE_TOKENS * head_dim * dtype.itemsize
+    pages, page_table, open_page = kv.pages, kv.page_table, kv.open_page
+    size = page_bytes(head_dim, dtype if open_page is None else torch.int8)
     _need(pages.dtype == torch.uint8 and pages.dim() == 3, "pages must be uint8 [num_slots, num_key_value_heads, page_bytes]")
-    _need(pages.shape[2] == page_bytes and pages.stride(2) == 1, f"a page must be {page_bytes} contiguous bytes, not {pages.shape[2]}")
+    _need(pages.shape[2] == size and pages.stride(2) == 1, f"a page must be {size} contiguous bytes, not {pages.shape[2]}")
     _need(page_table.dtype == torch.int32 and page_table.dim() == 1 and page_table.is_contiguous(), "page_table must be contiguous int32")
-    return _PageView(pages.data_ptr(), pages.stride(0), pages.stride(1), page_table.data_ptr(), page_table.shape[0])
+    view = _PageView(pages.data_ptr(), pages.stride(0), pages.stride(1), page_table.data_ptr(), page_table.shape[0], None, 0, -1, _DTYPES[dtype])
+    if open_page is not None:
+        shape = (pages.shape[1], page_bytes(head_dim, dtype))
+        _need(open_page.dtype == torch.uint8 and open_page.shape == shape, f"open_page must be uint8 {list(shape)}")
+        _need(open_page.stride(1) == 1, "open_page must be contiguous within a head")
+        view.open, view.open_head_stride, view.dtype = open_page.data_ptr(), open_page.stride(0), _INT8
+        view.open_page = kv.stored_tokens // PAGE_TOKENS if kv.stored_tokens % PAGE_TOKENS else -1
+    return view
 
 
 def _summaries(kv: PageView, head_dim: int) -> torch.Tensor:
@@ -370,6 +394,7 @@ def _attend_args(
     last = int(entries[(offsets[1:] - 1).clamp_min(0)].max()) >> 2
     _need(last < kv.page_table.shape[0], f"a list names page {last} of {kv.page_table.shape[0]}")
     _need(first_position + num_rows <= kv.page_table.shape[0] * PAGE_TOKENS, "the rows lie beyond the page table")
+    _need(kv.open_page is None or first_position + num_rows <= kv.stored_tokens, "with int8 pages stored_tokens must cover the rows")
     for tensor, shape in ((logit_factor, (num_rows,)), (lse, (num_heads, num_rows))):
         if tensor is not None:
             _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")

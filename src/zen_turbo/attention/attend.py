@@ -128,6 +128,7 @@ class Attention:
     ) -> torch.Tensor:
         """Store the chunk's keys and values, then attend. qkv: [rows, (heads + 2 kv_heads) * head_dim] -> [rows, heads * head_dim]."""
         queries = self.store(plan, qkv, kv, rotate=rotate, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps)
+        kv = kv._replace(stored_tokens=plan.first_position + plan.num_rows)
         return self.attend(plan, queries, kv, self.select(plan, queries, kv, window=window), window=window)
 
     def store(

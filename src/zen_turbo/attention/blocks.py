@@ -68,12 +68,21 @@ class Chunk:
 
     def keys(self, kv_head: int) -> torch.Tensor:
         """The rotated keys of one KV head, float32 [num_pages * 64, head_dim], zero where nothing is stored yet. Cost: a copy of all keys."""
-        dtype, head_dim = self._first.dtype, self._first.shape[2]
-        num_bytes = PAGE_TOKENS * head_dim * dtype.itemsize
-        stored = self.kv.pages[self.kv.page_table[: self.num_pages].long(), kv_head, :num_bytes].view(dtype)
-        pair = 2 if dtype == torch.bfloat16 else 1  # the layouts of csrc/kernels.h
-        tiles = stored.view(self.num_pages, PAGE_TOKENS // 16, head_dim // pair, 16, pair)
-        return tiles.permute(0, 1, 3, 2, 4).reshape(-1, head_dim).float()
+        dtype, head_dim, count = self._first.dtype, self._first.shape[2], PAGE_TOKENS * self._first.shape[2]
+        stored = self.kv.pages[self.kv.page_table[: self.num_pages].long(), kv_head]
+        pair = 2 if dtype == torch.bfloat16 else 1  # the layouts of csrc/kernels.h and quantise.inl
+
+        def unpack(elements: torch.Tensor) -> torch.Tensor:
+            tiles = elements.view(-1, PAGE_TOKENS // 16, head_dim // pair, 16, pair)
+            return tiles.permute(0, 1, 3, 2, 4).reshape(-1, PAGE_TOKENS, head_dim).float()
+
+        if self.kv.open_page is None:
+            return unpack(stored[:, : count * dtype.itemsize].view(dtype)).view(-1, head_dim)
+        scales = stored[:, 2 * count : 2 * count + 4 * head_dim].contiguous().view(torch.float32)
+        keys = unpack(stored[:, :count].contiguous().view(torch.int8)) * scales[:, None]
+        if (self.first_position + self.num_rows) % PAGE_TOKENS:
+            keys[-1] = unpack(self.kv.open_page[kv_head, : count * dtype.itemsize].view(dtype))[0]
+        return keys.view(-1, head_dim)
 
     def mean_keys(self, kv_head: int) -> torch.Tensor:
         """Mean key of each page before the first row's, float32 [first_block, head_dim], and of the run's own pages that are full."""

@@ -142,6 +142,7 @@ class Engine:
             head_dim=self.model_config.head_dim,
             dtype=self.decoder.dtype,
             summaries=self.config.attention != "dense",
+            int8=self.config.kv_dtype == "int8",
         )
         kv_bytes = self.config.kv_cache_bytes or int(memory.available_bytes() * KV_SHARE_OF_FREE_MEMORY)
         if kv_bytes < self.geometry.slot_bytes:

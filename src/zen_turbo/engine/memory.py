@@ -43,7 +43,8 @@ def estimate(model: ModelConfig, geometry: PageGeometry, *, total_tokens: int, c
     per_tile_row = size * (3 * model.hidden_size + heads + kv + 3 * model.intermediate_size)
     lists = (rows // PAGE_TOKENS + 1) * pages_for(total_tokens) * (4 * 8 + 4)
     logits = 2 * 4 * model.vocab_size
-    return MemoryEstimate(geometry.bytes_for(total_tokens), rows * per_row + tile * per_tile_row + lists + logits)
+    open_pages = geometry.open_page_bytes * geometry.num_layers * geometry.num_key_value_heads
+    return MemoryEstimate(geometry.bytes_for(total_tokens), rows * per_row + tile * per_tile_row + lists + logits + open_pages)
 
 
 def available_bytes() -> int:

@@ -7,21 +7,29 @@ from dataclasses import dataclass
 import torch
 
 from zen_turbo.config import PAGE_TOKENS
+from zen_turbo.kernels import page_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageGeometry:
-    """``summaries``: whether the mean key and the mean value of every full page are kept beside it, in fp32, for sparse policies."""
+    """dtype: of queries, and of pages unless ``int8``. ``summaries``: whether the mean key and the mean value of every full page are kept
+    beside it, in fp32, for sparse policies."""
 
     num_layers: int
     num_key_value_heads: int
     head_dim: int
     dtype: torch.dtype
     summaries: bool = False
+    int8: bool = False
 
     @property
     def page_bytes(self) -> int:
-        return 2 * PAGE_TOKENS * self.head_dim * self.dtype.itemsize
+        return page_bytes(self.head_dim, torch.int8 if self.int8 else self.dtype)
+
+    @property
+    def open_page_bytes(self) -> int:
+        """Of one layer and KV head: where a sequence collects the page that is not full yet. 0 where pages need not be quantised."""
+        return page_bytes(self.head_dim, self.dtype) if self.int8 else 0
 
     @property
     def summary_bytes(self) -> int:

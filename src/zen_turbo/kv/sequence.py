@@ -1,5 +1,7 @@
 """The KV cache of one sequence: a page table into the pool, and how many tokens of it are committed.
 
+With int8 pages the tokens of a page that is not full are in ``open_page``, unquantised, and belong to this sequence alone.
+
 Ownership: every slot in ``page_table`` carries one reference of this sequence. Tokens [0, num_tokens) are committed; what lies beyond in
 reserved pages is scratch of the chunk being computed and is never read by others. Only full committed pages are ever shared.
 """
@@ -20,6 +22,10 @@ class SequenceCache:
         self.num_tokens = 0
         self._slots: list[int] = []
         self._table = torch.empty(0, dtype=torch.int32)
+        geometry, self._open = pool.geometry, None
+        if geometry.int8:
+            shape = (geometry.num_layers, geometry.num_key_value_heads, geometry.open_page_bytes)
+            self._open = torch.empty(shape, dtype=torch.uint8)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -31,7 +37,9 @@ class SequenceCache:
         return self._table
 
     def pages(self, layer: int) -> PageView:
-        return PageView(self.pool.layer(layer), self._table, self.pool.layer_summaries(layer))
+        """``stored_tokens`` are those committed; whoever stores more says so."""
+        open_page = None if self._open is None else self._open[layer]
+        return PageView(self.pool.layer(layer), self._table, self.pool.layer_summaries(layer), open_page, self.num_tokens)
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for that many tokens in all. Raises InsufficientMemoryError and changes nothing if the pool has too few slots."""

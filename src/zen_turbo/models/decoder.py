@@ -165,6 +165,7 @@ class Decoder:
         queries = self.attention.store(
             plan, qkv, kv, rotate=layer.rotate, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps
         )
+        kv = kv._replace(stored_tokens=plan.first_position + rows)
         attended = self._attend(index, plan, queries, kv, residual, fidelity)
         out = residual.new_empty((rows, config.hidden_size), dtype=self.dtype)
         hidden = residual.new_empty((min(rows, TILE_ROWS), config.intermediate_size), dtype=self.dtype)
