@@ -63,8 +63,13 @@ class Chunk:
         """Pages up to the last row's."""
         return self.first_block + self.num_blocks
 
-    def kv_head(self, head: int) -> int:
-        return head // (self.num_heads // self.kv.pages.shape[1])
+    def heads(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Every query head with the keys of its KV head (``keys``), which are unpacked once for the heads that share them."""
+        kv_heads = self.kv.pages.shape[1]
+        group = self.num_heads // kv_heads
+        for kv_head in range(kv_heads):
+            keys = self.keys(kv_head)
+            yield from ((kv_head * group + head, keys) for head in range(group))
 
     def keys(self, kv_head: int) -> torch.Tensor:
         """The rotated keys of one KV head, float32 [num_pages * 64, head_dim], zero where nothing is stored yet. Cost: a copy of all keys."""

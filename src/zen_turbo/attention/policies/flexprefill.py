@@ -31,11 +31,7 @@ class FlexPrefillSettings:
 
 def select(chunk: Chunk, settings: FlexPrefillSettings) -> BlockLists:
     keep = torch.zeros((chunk.num_heads, chunk.num_blocks, chunk.num_pages), dtype=torch.bool)
-    keys, last_kv_head = torch.empty(0), -1
-    for head in range(chunk.num_heads):
-        if chunk.kv_head(head) != last_kv_head:
-            last_kv_head = chunk.kv_head(head)
-            keys = chunk.keys(last_kv_head)
+    for head, keys in chunk.heads():
         keep[head] = _keep(chunk, head, keys, settings)
     return blocks.lists_from_mask(keep, chunk, sink_pages=1, local_pages=0)
 

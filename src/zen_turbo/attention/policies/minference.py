@@ -55,11 +55,7 @@ def budgets_of(layers: object) -> dict[tuple[int, int], tuple[int, int]]:
 def select(chunk: Chunk, layer: int, settings: MinferenceSettings) -> BlockLists:
     """Memory: a few float32 rows of 64 queries by all keys, for one head at a time."""
     keep = torch.zeros((chunk.num_heads, chunk.num_blocks, chunk.num_pages), dtype=torch.bool)
-    keys, last_kv_head = torch.empty(0), -1
-    for head in range(chunk.num_heads):
-        if chunk.kv_head(head) != last_kv_head:
-            last_kv_head = chunk.kv_head(head)
-            keys = chunk.keys(last_kv_head)
+    for head, keys in chunk.heads():
         verticals, slashes = settings.budgets.get((layer, head), (settings.verticals, settings.slashes))
         keep[head] = _keep(chunk, head, keys, verticals, slashes)
     return blocks.lists_from_mask(keep, chunk, sink_pages=1, local_pages=1)

@@ -30,13 +30,10 @@ class XAttentionSettings:
 
 def select(chunk: Chunk, settings: XAttentionSettings) -> BlockLists:
     energy = torch.zeros((chunk.num_heads, chunk.num_blocks, chunk.num_pages))
-    keys, last_kv_head = torch.empty(0), -1
-    for head in range(chunk.num_heads):
-        if chunk.kv_head(head) != last_kv_head:
-            last_kv_head = chunk.kv_head(head)
-            keys = chunk.keys(last_kv_head).view(chunk.num_pages * PAGE_TOKENS // settings.stride, -1)  # [groups, S * D]
+    for head, keys in chunk.heads():
+        groups = keys.view(chunk.num_pages * PAGE_TOKENS // settings.stride, -1)  # [groups, S * D]
         for block in range(chunk.num_blocks):
-            energy[head, block] = _block_energy(chunk, head, block, keys, settings.stride)
+            energy[head, block] = _block_energy(chunk, head, block, groups, settings.stride)
     keep = blocks.largest_by_mass(energy, settings.threshold)
     return blocks.lists_from_mask(keep, chunk, sink_pages=1, local_pages=0)
 
