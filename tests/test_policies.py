@@ -67,7 +67,7 @@ def usual(name: str) -> Select:
     policy = policy_of(name, preset="turbo", mass=None, sparse_attention=None)
     if isinstance(policy, adaptive.AdaptiveSettings):
         settings = policy
-        return lambda chunk, layer: adaptive.select(chunk, torch.full((HEADS,), settings.mass), settings)
+        return lambda chunk, layer: adaptive.select(chunk, torch.full((HEADS,), settings.mass[0]), settings)
     return policy
 
 

@@ -64,6 +64,7 @@ class Fidelity:
         share = torch.zeros((num_layers, num_heads))
         if isinstance(policy, AdaptiveSettings):
             share = adaptive.starting_share(num_layers, num_heads, policy)
+        self._start = share
         self._known = Mark(share, *(torch.zeros_like(share) for _ in range(3)))
         self._kept = 0
         self._causal = 0
@@ -85,7 +86,7 @@ class Fidelity:
             share, errors, pages, samples = self._known
             if isinstance(self._policy, AdaptiveSettings):
                 counts = samples.clamp_min(1)
-                share = adaptive.adapt(share, errors / counts, pages / counts, self._policy)
+                share = adaptive.adapt(share, errors / counts, pages / counts, self._policy, self._start)
             self._known = Mark(share, *(torch.zeros_like(share) for _ in range(3)))
         self.marks[first_position] = Mark(*(value.clone() for value in self._known))
 

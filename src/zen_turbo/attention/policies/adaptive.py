@@ -1,21 +1,24 @@
 """The adaptive policy: for each head and query block the pages of largest estimated mass, as many as that head turns out to need.
 
 Estimates come from page means, which flatter a selection: the mass of scattered keys hides in a mean (Jensen), by little in a focused head and
-by much in a diffuse one. So the share of *estimated* mass to keep is no promise. And what a missing share costs differs too: the output of a
-diffuse head is close to an average, whichever half of the keys it reads. So shares are steered by what counts, the error of the output. On
-sampled rows attention is computed exactly (``attention.fidelity``), which gives for each head
+by much in a diffuse one. So the share of *estimated* mass to keep is no promise. And what a missing share costs differs too, by far most by
+depth: early layers average over what is near, the last ones hardly look back, and what a prompt is searched for is found in the third quarter
+of the layers. ``mass`` therefore has one share for each quarter.
+
+Shares are a floor. On sampled rows attention is computed exactly (``attention.fidelity``), which gives for each head
 
     error   squared norm of what the selection changes in the residual stream, relative to that stream
     pages   what the head read there
 
-The least total error for a given number of pages is where one more page would help every head alike. Errors fall like pages^-2a, so that
-price, error / pages up to a constant, is made equal for all heads of all layers: ``adapt`` moves each head's share towards the one with which
-it pays ``price``. A preset is a price. Nothing is calibrated beforehand, and a head may change its ways within a prompt.
+and a head whose error per page is above ``price`` is made to keep more, until it is not: with equal prices one more page would help every head
+alike, which is the least total error for so many pages. Shares never fall below their floor on the evidence of samples: a head that is needed
+rarely but then much looks easy in almost all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,12 +38,12 @@ _ERROR = 1.5
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSettings:
-    """``price``: relative squared output error per page that every head is made to pay. ``mass``: share of estimated mass that a head begins
-    with. ``least_mass``, ``most_mass``: where shares stop. ``sample_rows``: rows of a query block that are scored."""
+    """``mass``: share of estimated mass that a head keeps at least, for the layers of each quarter (or other equal part) of the depth.
+    ``price``: relative squared output error per page above which a head keeps more, up to ``most_mass``. ``sample_rows``: rows of a query
+    block that are scored."""
 
+    mass: tuple[float, ...]
     price: float
-    mass: float
-    least_mass: float = 0.4
     most_mass: float = 0.9995
     sink_pages: int = 1
     local_pages: int = 4
@@ -48,16 +51,16 @@ class AdaptiveSettings:
 
 
 PRESETS = {
-    "turbo": AdaptiveSettings(price=1e-5, mass=0.85, sample_rows=4),
-    "balanced": AdaptiveSettings(price=1e-6, mass=0.93),
-    "faithful": AdaptiveSettings(price=1e-7, mass=0.98),
+    "turbo": AdaptiveSettings(mass=(0.50, 0.70, 0.93, 0.60), price=1e-4, sample_rows=4),
+    "balanced": AdaptiveSettings(mass=(0.70, 0.90, 0.97, 0.80), price=1e-5),
+    "faithful": AdaptiveSettings(mass=(0.90, 0.97, 0.99, 0.95), price=1e-6),
 }
 
 
 def settings_of(preset: str, mass: float | None) -> AdaptiveSettings:
-    """A preset; with ``mass``, the share that every head keeps, unsteered. Raises KeyError for an unknown preset."""
+    """A preset; with ``mass``, the share that every head keeps, whatever its price. Raises KeyError for an unknown preset."""
     settings = PRESETS[preset]
-    return settings if mass is None else dataclasses.replace(settings, mass=mass, least_mass=mass, most_mass=mass)
+    return settings if mass is None else dataclasses.replace(settings, mass=(mass,), price=math.inf)
 
 
 def select(chunk: Chunk, mass: torch.Tensor, settings: AdaptiveSettings) -> BlockLists:
@@ -67,8 +70,18 @@ def select(chunk: Chunk, mass: torch.Tensor, settings: AdaptiveSettings) -> Bloc
     )
 
 
-def adapt(left_out: torch.Tensor, error: torch.Tensor, pages: torch.Tensor, settings: AdaptiveSettings) -> torch.Tensor:
-    """The shares to leave out from now on. error, pages: means over samples of a head, 0 pages where there was none; all float32 [layers, heads].
+def starting_share(num_layers: int, num_heads: int, settings: AdaptiveSettings) -> torch.Tensor:
+    """Share of estimated mass to leave out before anything was sampled, float32 [layers, heads]."""
+    parts = len(settings.mass)
+    shares = [1 - settings.mass[layer * parts // num_layers] for layer in range(num_layers)]
+    return torch.tensor(shares)[:, None].expand(num_layers, num_heads).clone()
+
+
+def adapt(
+    left_out: torch.Tensor, error: torch.Tensor, pages: torch.Tensor, settings: AdaptiveSettings, start: torch.Tensor
+) -> torch.Tensor:
+    """The shares to leave out from now on. error, pages: means over samples of a head, 0 pages where there was none; start: the shares in the
+    beginning, which are the most that is left out; all float32 [layers, heads].
 
     With error ~ pages^-e the pages that pay the price are pages * (error / pages / price)^(1 / (e + 1)). One correction goes four fifths of
     the way and changes a share fourfold at most: samples are few, and their errors have long tails.
@@ -76,9 +89,4 @@ def adapt(left_out: torch.Tensor, error: torch.Tensor, pages: torch.Tensor, sett
     ratio = (error / (pages * settings.price)).clamp(1e-30)
     change = -0.8 / ((_ERROR + 1) * _PAGES) * torch.log(ratio)
     moved = left_out * torch.exp(change.clamp(-1.4, 1.4))
-    return torch.where(pages > 0, moved, left_out).clamp(1 - settings.most_mass, 1 - settings.least_mass)
-
-
-def starting_share(num_layers: int, num_heads: int, settings: AdaptiveSettings) -> torch.Tensor:
-    """Share of estimated mass to leave out before anything was sampled, float32 [layers, heads]."""
-    return torch.full((num_layers, num_heads), 1 - settings.mass)
+    return torch.where(pages > 0, moved, left_out).clamp_min(1 - settings.most_mass).minimum(start)
