@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from zen_turbo.bench import attention, fidelity, gemm, prefill, report, text
+from zen_turbo.bench import attention, fidelity, gemm, marginal, prefill, report, text
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.request import RequestMetrics, RequestOutput
 from zen_turbo.errors import ConfigurationError, DocumentError, DocumentNotFoundError
@@ -34,6 +34,22 @@ def test_distributions_are_compared_row_by_row() -> None:
     assert found.kl == pytest.approx(float((p * (p / q).log()).sum() / 2))
     centred, moved = dense - dense.mean(dim=1, keepdim=True), other - other.mean(dim=1, keepdim=True)
     assert found.output_rel_error == pytest.approx(float((centred - moved).norm() / centred.norm()))
+
+
+# Marginal costs
+
+
+def test_a_dense_read_is_added_up_from_its_chunks() -> None:
+    """Chunks whose time is linear in the position: 1 s and 0.01 s for each 100 tokens before."""
+
+    def chunk(end: int) -> marginal.ChunkTime:
+        return marginal.ChunkTime(end, 1 + end / 10_000)
+
+    exact = sum(chunk(end).seconds for end in range(100, 5001, 100))
+    measured = [chunk(end) for end in (1000, 3000, 4000)]
+    assert marginal.dense_read_s(measured, 5000, 100) == pytest.approx(exact)
+    bent = [marginal.ChunkTime(100, 1.0), marginal.ChunkTime(200, 2.0), marginal.ChunkTime(400, 2.0)]
+    assert marginal.dense_read_s(bent, 400, 100) == pytest.approx(1 + 2 + 2 + 2)
 
 
 # The report

@@ -220,6 +220,18 @@ def test_bench_fidelity(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     expect_mistake(run(*sparse, "--texts", "music"), "invalid_configuration", "music")
 
 
+def test_bench_marginal(run: Any, tiny_folder: Path) -> None:
+    arguments = ("bench", "marginal", "--model", tiny_folder, "--attention", "adaptive", "--dense-tokens", "256", *ROOM)
+    record = run(*arguments, "--positions", "512,1024,1280").record
+    assert record["bench"] == "marginal"
+    assert [row["length"] for row in record["rows"]] == [512, 1024, 1280]
+    reads = [row["read_s"] for row in record["rows"]]
+    assert reads == sorted(reads) and all(row["dense_chunk_s"] > 0 and row["density"] <= 1 for row in record["rows"])
+    expect_record(record)
+    expect_mistake(run(*arguments, "--positions", "512"), "invalid_configuration", "two")
+    expect_mistake(run(*arguments, "--positions", "500,1024"), "invalid_configuration", "128")
+
+
 def test_eval_passkey(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "passkey.json"
     arguments = ("eval", "passkey", "--model", tiny_folder, "--lengths", "400", "--depths", "2", "--seeds", "1", "--output", output, *ROOM)

@@ -99,6 +99,22 @@ def bench_fidelity(
     )
 
 
+@bench_app.command("marginal")
+@engine_options
+def bench_marginal(
+    model: Model = DEFAULT_MODEL,
+    positions: Annotated[str, typer.Option(help="Ends of chunks at which to time a dense chunk too, separated by commas.")] = "16384,32768",
+    text: Annotated[str, typer.Option(help="What to read: code, novel, qa.")] = "code",
+    output: Output = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """What one more chunk costs at a position, sparse and dense, and what a dense read would have cost."""
+    from zen_turbo.bench import marginal
+
+    marginal.run(model=model, positions=integers(positions, "positions"), text=text, config=config, output=output)
+
+
 @eval_app.command("passkey")
 @engine_options
 def eval_passkey(
