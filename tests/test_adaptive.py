@@ -19,7 +19,7 @@ from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.attention.policies import adaptive
 from zen_turbo.config import PRESETS
 from zen_turbo.engine.engine import DENSE_TAIL_TOKENS
-from zen_turbo.engine.request import RequestOutput, SamplingParams
+from zen_turbo.engine.request import Event, PrefillProgress, RequestOutput, SamplingParams
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.models.decoder import Decoder
 from zen_turbo.models.linear import Linear
@@ -118,6 +118,26 @@ def test_cached_is_cold_to_the_bit(tiny_folder: Path, small_windows: None, share
     assert cold[0].cached_tokens == 0
     # Whole chunks, before the rows of the first prompt that read everything.
     assert warm[0].cached_tokens == min(shared, LENGTH - DENSE_TAIL_TOKENS) // 128 * 128
+    assert same(warm, cold)
+
+
+def test_a_prompt_that_was_cancelled_leaves_a_prefix_that_is_cold_to_the_bit(tiny_folder: Path, small_windows: None) -> None:
+    """The cached prefix ends where no chunk began: its shares must be known all the same."""
+    prompt = tiny.tokens(LENGTH)
+    engine = make(tiny_folder).engine
+
+    def stop(event: Event) -> None:
+        if isinstance(event, PrefillProgress) and event.processed_tokens == 1024:
+            engine.abort(request_id)
+
+    request_id = engine.submit(prompt, GREEDY, on_event=stop)
+    while engine.step():
+        pass
+    llm = make(tiny_folder)
+    llm.engine.close()
+    llm.engine = engine
+    warm, cold = spied(llm, prompt), spied(make(tiny_folder), prompt)
+    assert warm[0].cached_tokens == 1024
     assert same(warm, cold)
 
 

@@ -90,6 +90,12 @@ class Fidelity:
             self._known = Mark(share, *(torch.zeros_like(share) for _ in range(3)))
         self.marks[first_position] = Mark(*(value.clone() for value in self._known))
 
+    def marks_up_to(self, num_tokens: int) -> dict[int, Mark]:
+        """What a prefix of ``num_tokens``, whole chunks that were computed, leaves to a request that goes on after it."""
+        if num_tokens not in self.marks:  # the request ended there, before another chunk began
+            self.begin_chunk(num_tokens)
+        return self.marks
+
     def resume(self, marks: dict[int, Mark], num_tokens: int) -> None:
         """Go on after a cached prefix of ``num_tokens`` computed with ``marks``, by position of each chunk."""
         self.marks = {position: mark for position, mark in marks.items() if position < num_tokens}

@@ -469,7 +469,7 @@ class Engine:
         if whole:
             kept = cache.fork(whole)
             self._evict_resident()
-            marks = request.fidelity.marks if request.fidelity else {}
+            marks = request.fidelity.marks_up_to(whole) if request.fidelity else {}
             self._resident = _Resident(request.tokens[:whole], kept, marks)
 
     def _drop(self, request: _Request) -> None:
