@@ -215,6 +215,12 @@ def test_bench_fidelity(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.pt"))) == 1
     again = run(*sparse).record["rows"][0]
     assert {name: again[name] for name in row if name != "prefill_s"} == {name: row[name] for name in row if name != "prefill_s"}
+    (quantised,) = run(*arguments, "--kv-dtype", "int8", "--keep-dense", tmp_path).record["rows"]
+    assert (quantised["attention"], quantised["kv_dtype"], quantised["density"]) == ("dense", "int8", 1)
+    assert 0 < quantised["kl"] < row["kl"] and quantised["recall_mean"] is None
+    assert len(list(tmp_path.glob("*.pt"))) == 1, "the dense pass over unquantised pages is the same one"
+    fresh = run(*arguments, "--kv-dtype", "int8").record["rows"][0]
+    assert fresh["kl"] == quantised["kl"], "kept or read again"
     expect_mistake(run(*arguments), "invalid_configuration", "dense")
     expect_mistake(run(*sparse[:5], "512", *sparse[6:]), "invalid_configuration", "512")
     expect_mistake(run(*sparse, "--texts", "music"), "invalid_configuration", "music")

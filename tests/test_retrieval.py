@@ -17,27 +17,28 @@ def count(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
-def make(task: str, *, length: int = 4000, num_questions: int = 6) -> Context:
-    return make_context(task, length=length, num_questions=num_questions, lines=LINES, count=count, max_new_tokens=16)
+def make(*tasks: str, length: int = 4000, num_questions: int = 6) -> Context:
+    return make_context(dict.fromkeys(tasks, num_questions), length=length, lines=LINES, count=count, max_new_tokens=16)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_context_fills_its_length_and_holds_every_answer_once(task: str) -> None:
-    context = make(task)
+@pytest.mark.parametrize("tasks", [*[(task,) for task in TASKS], TASKS], ids="+".join)
+def test_a_context_fills_its_length_and_holds_every_answer_once(tasks: tuple[str, ...]) -> None:
+    context = make(*tasks)
     assert 0.9 * 4000 < count(context.text) <= 4000 - 96 - 16
-    assert len(context.questions) == 6 and len({question.text for question in context.questions}) == 6
+    assert [question.task for question in context.questions] == [task for task in tasks for _ in range(6)]
+    assert len({question.text for question in context.questions}) == 6 * len(tasks)
     for question in context.questions:
-        assert len(question.answers) == (4 if task == "multivalue" else 1)
+        assert len(question.answers) == (4 if question.task == "multivalue" else 1)
         assert all(context.text.count(answer) == 1 for answer in question.answers)
-    assert make(task) == context, "it depends on task, length and text alone"
-    assert make(task, num_questions=3).text == context.text
+    assert make(*tasks) == context, "it depends on tasks, length and text alone"
+    assert make(*tasks, num_questions=3).text == context.text
 
 
 def test_needles_are_spread_and_look_alike() -> None:
     context = make("multikey")
     places = [place for place, line in enumerate(context.text.splitlines()) if line.startswith("The access code of the ")]
     total = len(context.text.splitlines())
-    assert len(places) == 4000 // 160
+    assert len(places) == (4000 - 96 - 16) // 40
     assert min(places) < 0.2 * total and max(places) > 0.8 * total
     asked = re.search(r"of the ([a-z]+ [a-z]+)\?", context.questions[0].text)
     assert asked is not None and f"of the {asked[1]} is {context.questions[0].answers[0]}." in context.text
@@ -54,12 +55,12 @@ def test_needles_are_spread_and_look_alike() -> None:
     ],
 )
 def test_scores_count_whole_words(answer: str, points: float) -> None:
-    assert score(answer, Question("", ("12", "34"))) == points
+    assert score(answer, Question("kv", "", ("12", "34"))) == points
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="only 25 facts"):
-        make("multikey", num_questions=26)
+    with pytest.raises(ConfigurationError, match="only 97 facts"):
+        make("multikey", num_questions=98)
     with pytest.raises(ConfigurationError, match="no retrieval task"):
         make("riddle")
     with pytest.raises(ConfigurationError, match="facts alone"):

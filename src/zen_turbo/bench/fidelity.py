@@ -1,8 +1,8 @@
-"""``zen-turbo bench fidelity``: what a sparse policy changes, against dense attention on the same prompt.
+"""``zen-turbo bench fidelity``: what a sparse policy, int8 pages or both change, against dense attention over unquantised pages.
 
-A real text is cut to N tokens and read twice, densely and with the policy, and the next-token distributions of its last ``NUM_ROWS``
-positions are compared. These rows are sparse too (in an answer the prompt's end would be dense), so the figures show the policy and nothing
-else:
+A real text is cut to N tokens and read twice, that way and with the engine's settings, and the next-token distributions of its last
+``NUM_ROWS`` positions are compared. These rows are sparse too (in an answer the prompt's end would be dense), so the figures show the settings
+and nothing else:
 
     top1_agreement     share of positions at which both would say the same token
     kl                 mean Kullback-Leibler divergence from dense to sparse, in nats per token
@@ -15,6 +15,7 @@ measurement of the same model, text, length and settings.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -32,6 +33,8 @@ from zen_turbo.bench.text import fingerprint, read_tokens
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.engine import Engine
 from zen_turbo.errors import ConfigurationError
+from zen_turbo.kv.geometry import pages_for
+from zen_turbo.kv.pool import PagePool
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.llm import LLM
 
@@ -43,6 +46,7 @@ COLUMNS = (
     "text",
     "attention",
     "preset",
+    "kv_dtype",
     "density",
     "recall_mean",
     "recall_p5",
@@ -73,9 +77,12 @@ def compare(dense: torch.Tensor, sparse: torch.Tensor) -> Difference:
     return Difference(same / len(dense), kl / len(dense), (error / scale) ** 0.5)
 
 
-def last_logits(engine: Engine, tokens: Sequence[int], *, num_rows: int = NUM_ROWS, fidelity: Fidelity | None = None) -> torch.Tensor:
-    """Logits of the last ``num_rows`` positions, float32 [num_rows, V], read on the engine's grid of chunks."""
-    cache, length, grid = SequenceCache(engine.pool), len(tokens), engine.config.prefill_chunk_tokens
+def last_logits(
+    engine: Engine, tokens: Sequence[int], *, num_rows: int = NUM_ROWS, fidelity: Fidelity | None = None, pool: PagePool | None = None
+) -> torch.Tensor:
+    """Logits of the last ``num_rows`` positions, float32 [num_rows, V], read on the engine's grid of chunks; pages come from the engine's
+    pool unless another is given."""
+    cache, length, grid = SequenceCache(pool or engine.pool), len(tokens), engine.config.prefill_chunk_tokens
     parts = []
     try:
         cache.reserve(length)
@@ -99,19 +106,29 @@ def last_logits(engine: Engine, tokens: Sequence[int], *, num_rows: int = NUM_RO
 
 
 def dense_logits(engine: Engine, tokens: Sequence[int], keep: Path | None) -> torch.Tensor:
-    """``last_logits`` of dense attention, from ``keep`` if they are there."""
+    """``last_logits`` of dense attention over unquantised pages, from ``keep`` if they are there."""
     if keep is None:
-        return last_logits(engine, tokens)
+        return _dense_logits(engine, tokens)
     settings = engine.config.to_dict()
     facts = [engine.model_fingerprint, fingerprint(tokens), len(tokens), NUM_ROWS, {name: settings[name] for name in _DENSE_KNOBS}]
     path = keep / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    logits = last_logits(engine, tokens)
+    logits = _dense_logits(engine, tokens)
     keep.mkdir(parents=True, exist_ok=True)
     torch.save(logits, path.with_suffix(".partial"))
     path.with_suffix(".partial").replace(path)
     return logits
+
+
+def _dense_logits(engine: Engine, tokens: Sequence[int]) -> torch.Tensor:
+    if not engine.geometry.int8:
+        return last_logits(engine, tokens)
+    pool = PagePool(dataclasses.replace(engine.geometry, int8=False, summaries=False), pages_for(len(tokens)))
+    try:
+        return last_logits(engine, tokens, pool=pool)
+    finally:
+        pool.close()
 
 
 def run(
@@ -123,10 +140,12 @@ def run(
     keep_dense: Path | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure every length and text, print the report, return the record. Raises ConfigurationError for a dense policy (there is nothing to
-    compare) and for lengths without enough rows, what fetching texts raises, and the engine's own errors."""
-    if config.attention == "dense":
-        raise ConfigurationError("bench fidelity compares a sparse policy with dense attention; say which with --attention.", param="attention")
+    """Measure every length and text, print the report, return the record. Raises ConfigurationError for dense attention over unquantised
+    pages (there is nothing to compare) and for lengths without enough rows, what fetching texts raises, and the engine's own errors."""
+    if config.attention == "dense" and config.kv_dtype == "auto":
+        raise ConfigurationError(
+            "bench fidelity compares with dense attention over unquantised pages; say what with --attention or --kv-dtype.", param="attention"
+        )
     if not lengths or min(lengths) <= NUM_ROWS:
         raise ConfigurationError(f"lengths must be greater than {NUM_ROWS}, the rows that are compared.", param="lengths")
     sources = {name: corpora.path_of(name) for name in texts}
@@ -141,7 +160,7 @@ def run(
             began = time.perf_counter()
             dense = dense_logits(engine, tokens, keep_dense)
             experiment.log(f"{length} tokens of {name}: dense, {time.perf_counter() - began:.1f} s")
-            state = engine.new_fidelity(dense_from=length)
+            state = engine.new_fidelity(dense_from=length) if engine.config.attention != "dense" else None
             began = time.perf_counter()
             sparse = last_logits(engine, tokens, fidelity=state)
             seconds = time.perf_counter() - began
@@ -150,14 +169,15 @@ def run(
                 "text": name,
                 "attention": engine.config.attention,
                 "preset": preset_of(engine),
-                "density": state.density,
-                "recall_mean": state.recall,
-                "recall_p5": state.recall_p5,
+                "kv_dtype": engine.config.kv_dtype,
+                "density": state.density if state else 1.0,
+                "recall_mean": state.recall if state else None,
+                "recall_p5": state.recall_p5 if state else None,
                 **compare(dense, sparse)._asdict(),
                 "prefill_s": seconds,
                 "prompt_sha256": fingerprint(tokens),
             }
-            shown = ", ".join(f"{key} {row[key]:.4g}" for key in ("density", "recall_mean", "top1_agreement", "kl"))
+            shown = ", ".join(f"{key} {row[key]:.4g}" for key in ("density", "recall_mean", "top1_agreement", "kl") if row[key] is not None)
             experiment.log(f"{length} tokens of {name}: {shown}")
             rows.append(row)
     return experiment.finish(rows, columns=COLUMNS, note=f"Last {NUM_ROWS} positions against dense attention on the same prompt.")

@@ -148,7 +148,9 @@ def eval_passkey(
 def eval_retrieval(
     model: Model = DEFAULT_MODEL,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas; 8K is 8192.")] = "32768",
-    policies: Annotated[str, typer.Option("--attention", help="Attention policies to compare, separated by commas.")] = "dense,adaptive",
+    policies: Annotated[
+        str, typer.Option("--attention", help="Attention policies to compare, separated by commas; adaptive:PRESET is one too.")
+    ] = "dense,adaptive",
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas: multikey, multivalue, kv.")] = "multikey,multivalue,kv",
     questions: Annotated[int, typer.Option(help="Questions per length, dealt out to the tasks.")] = 200,
     text: Annotated[str, typer.Option(help="Text to hide facts in: code, novel, qa.")] = "code",

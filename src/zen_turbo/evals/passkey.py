@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 from zen_turbo.bench.gemm import GemmBenchmark, shapes_of_model
 from zen_turbo.bench.prefill import attention_flops, engine_facts, linear_flops, preset_of
-from zen_turbo.bench.report import Experiment, Row, print_table, tidy
+from zen_turbo.bench.report import GIB, Experiment, Row, print_table, tidy
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.engine import Engine
+from zen_turbo.engine.memory import peak_rss_bytes
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.errors import ConfigurationError, ContextLengthExceededError, InsufficientMemoryError
 from zen_turbo.evals import heatmap
@@ -145,11 +146,15 @@ def row_of(cell: Cell, prompt: PasskeyPrompt, output: RequestOutput) -> Row:
         "units_before": prompt.units_before,
         "cached_tokens": output.cached_tokens,
         "ttft_s": metrics.ttft_s,
+        "linear_s": metrics.linear_s,
+        "attend_s": metrics.attend_s,
+        "select_s": metrics.select_s,
         "decode_s": metrics.decode_s,
         "density": metrics.density,
         "recall": metrics.recall,
         "recall_p5": metrics.recall_p5,
         "finish_reason": output.finish_reason,
+        "peak_rss_gib": peak_rss_bytes() / GIB,
     }
 
 

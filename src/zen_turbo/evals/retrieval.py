@@ -10,6 +10,7 @@ Every finished answer is kept in a journal per policy beside ``--output``, so an
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -36,7 +37,6 @@ COLUMNS = ("task", "length", "attention", "preset", "n", "score", "versus_dense"
 class Item(NamedTuple):
     """What identifies an answer in the journal."""
 
-    task: str
     length: int
     question: int
 
@@ -45,38 +45,34 @@ def messages(context: str, question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{context}\n\n{question}"}]
 
 
-def contexts(
-    engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *, num_questions: int, text: str
-) -> list[tuple[int, Context]]:
-    """One context per length and task; ``num_questions`` of a length are dealt out to its tasks."""
-    found = []
+def contexts(engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *, num_questions: int, text: str) -> dict[int, Context]:
+    """One context per length, for all tasks; ``num_questions`` are dealt out to them."""
+    found = {}
     source = corpora.path_of(text)
     for length in sorted(set(lengths)):
         lines = engine.tokenizer.decode(read_tokens(engine.tokenizer, length, source)).splitlines()
-        for number, task in enumerate(tasks):
-            share = num_questions // len(tasks) + (number < num_questions % len(tasks))
-            context = make_context(
-                task,
-                length=length,
-                num_questions=share,
-                lines=lines,
-                count=lambda body: len(engine.chat_template.encode(messages(body, ""))),
-                max_new_tokens=MAX_NEW_TOKENS[task],
-            )
-            found.append((length, context))
+        found[length] = make_context(
+            {task: num_questions // len(tasks) + (number < num_questions % len(tasks)) for number, task in enumerate(tasks)},
+            length=length,
+            lines=lines,
+            count=lambda body: len(engine.chat_template.encode(messages(body, ""))),
+            max_new_tokens=max(MAX_NEW_TOKENS[task] for task in tasks),
+        )
     return found
 
 
 def ask(llm: LLM, length: int, context: Context, number: int) -> Row:
     """One answer as a row of the journal."""
     question = context.questions[number]
+    task, max_tokens = question.task, MAX_NEW_TOKENS[question.task]
     prompt = llm.engine.chat_template.encode(messages(context.text, question.text))
-    assert len(prompt) + MAX_NEW_TOKENS[context.task] <= length, f"{len(prompt)} tokens were made for a prompt of {length}"
-    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_NEW_TOKENS[context.task])
-    with prefill_bar(f"{context.task} {length}") as on_event:
+    assert len(prompt) + max_tokens <= length, f"{len(prompt)} tokens were made for a prompt of {length}"
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    with prefill_bar(f"{task} {length}") as on_event:
         output = llm.generate(prompt, sampling, on_event=on_event)
     return {
-        **Item(context.task, length, number)._asdict(),
+        **Item(length, number)._asdict(),
+        "task": task,
         "prompt_tokens": output.prompt_tokens,
         "cached_tokens": output.cached_tokens,
         "expected": list(question.answers),
@@ -92,17 +88,21 @@ def summarise(answers: Sequence[Row], dense: Sequence[Row] | None) -> Row:
     """answers: one task, length and policy, by question; dense: the same questions, or None where dense was not asked."""
     scores = [row["score"] for row in answers]
     differences = [100 * (row["score"] - other["score"]) for row, other in zip(answers, dense, strict=True)] if dense else []
-    cold = max(answers, key=lambda row: row["prompt_tokens"] - row["cached_tokens"])  # the one that read the context
     return {
         "n": len(scores),
         "score": 100 * statistics.fmean(scores),
         "versus_dense": statistics.fmean(differences) if differences else None,
         "standard_error": statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None,
-        "density": cold["density"],
-        "recall": cold["recall"],
-        "read_s": cold["ttft_s"],
         "scores": scores,
     }
+
+
+def config_of(config: EngineConfig, policy: str) -> EngineConfig:
+    """``policy``: the name of an attention policy, or adaptive:preset. Raises ConfigurationError for a name that is none."""
+    name, _, preset = policy.partition(":")
+    if preset and name != "adaptive":
+        raise ConfigurationError(f"Only adaptive attention has presets, not {name!r}.", param="attention")
+    return EngineConfig.from_dict({**config.to_dict(), "attention": name, **({"preset": preset} if preset else {})})
 
 
 def run(
@@ -122,44 +122,43 @@ def run(
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown:
         raise ConfigurationError(f"There is no retrieval task {unknown[0]!r}; known are {', '.join(TASKS)}.", param="tasks")
-    configs = [EngineConfig.from_dict({**config.to_dict(), "attention": policy}) for policy in policies]
-    settings = {"lengths": sorted(set(lengths)), "tasks": list(tasks), "policies": list(policies), "questions": num_questions, "text": text}
-    experiment = Experiment("eval", "retrieval", settings={**settings, "generator_version": GENERATOR_VERSION}, output=output)
-    made: list[tuple[int, Context]] = []
-    answers: dict[tuple[str, str, int], list[Row]] = {}  # policy, task, length
+    configs = {policy: config_of(config, policy) for policy in policies}
+    settings = {"lengths": sorted(set(lengths)), "tasks": list(tasks), "questions": num_questions, "text": text}
+    asked = {**settings, "generator_version": GENERATOR_VERSION}
+    experiment = Experiment("eval", "retrieval", settings={**asked, "policies": list(policies)}, output=output)
+    made: dict[int, Context] = {}
+    answers: dict[str, dict[int, list[Row]]] = {}  # by policy and length
     presets: dict[str, str | None] = {}
-    for policy, policy_config in zip(policies, configs, strict=True):
+    for policy, policy_config in configs.items():
         llm = LLM(model, config=policy_config)
         made = made or contexts(llm.engine, lengths, tasks, num_questions=num_questions, text=text)
         presets[policy] = preset_of(llm.engine)
         experiment.settings[policy] = engine_facts(llm.engine)
-        key = {"eval": "retrieval", **settings, "model_fingerprint": llm.engine.model_fingerprint, **policy_config.to_dict()}
-        path = output.with_name(f"{output.name}.{policy}.rows.jsonl") if output else None
+        key = {"eval": "retrieval", **asked, "model_fingerprint": llm.engine.model_fingerprint, **policy_config.to_dict()}
+        path = output.with_name(f"{output.name}.{policy.replace(':', '_')}.rows.jsonl") if output else None
         with Journal(path, key, Item._fields, commit=experiment.git["commit"] if experiment.git else None) as journal:
-            for length, context in made:
-                answers[policy, context.task, length] = _answers(experiment, llm, length, context, journal)
+            answers[policy] = {length: _answers(experiment, llm, policy, length, context, journal) for length, context in made.items()}
         llm.engine.close()
     rows = []
-    for length, context in made:
-        dense = answers.get(("dense", context.task, length))
-        for policy in policies:
-            head = {"task": context.task, "length": length, "attention": policy, "preset": presets[policy]}
-            rows.append(head | summarise(answers[policy, context.task, length], dense if policy != "dense" else None))
+    for length, task, policy in itertools.product(made, tasks, policies):
+        mine, dense = ([row for row in answers[name][length] if row["task"] == task] if name in answers else None for name in (policy, "dense"))
+        assert mine is not None
+        cold = max(answers[policy][length], key=lambda row: row["prompt_tokens"] - row["cached_tokens"])  # the one that read the context
+        head = {"task": task, "length": length, "attention": configs[policy].attention, "preset": presets[policy]}
+        read = {"density": cold["density"], "recall": cold["recall"], "read_s": cold["ttft_s"]}
+        rows.append({**head, **summarise(mine, dense if policy != "dense" else None), **read})
     return experiment.finish(rows, columns=COLUMNS, note="Points of 100; versus_dense: mean of paired differences.")
 
 
-def _answers(experiment: Experiment, llm: LLM, length: int, context: Context, journal: Journal) -> list[Row]:
+def _answers(experiment: Experiment, llm: LLM, policy: str, length: int, context: Context, journal: Journal) -> list[Row]:
     rows = []
     began = time.perf_counter()
     for number in range(len(context.questions)):
-        row = journal.get(Item(context.task, length, number))
+        row = journal.get(Item(length, number))
         if row is None:
             row = ask(llm, length, context, number)
             journal.add(row)
         rows.append(row)
     mean = 100 * statistics.fmean(row["score"] for row in rows)
-    experiment.log(
-        f"{llm.engine.config.attention}: {context.task}, {length} tokens, {len(rows)} questions: {mean:.1f} points, "
-        f"{time.perf_counter() - began:.0f} s"
-    )
+    experiment.log(f"{policy}: {length} tokens, {len(rows)} questions: {mean:.1f} points, {time.perf_counter() - began:.0f} s")
     return rows

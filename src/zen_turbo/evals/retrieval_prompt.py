@@ -4,9 +4,10 @@
     multivalue   four codes for one name, scattered; all four are asked, the score is the share found (RULER)
     kv           a JSON object of UUID pairs from the first brace to the last; the value of one key is asked (Lost in the Middle, 2307.03172)
 
-multikey and multivalue hide their sentences between lines of a real text. A context depends on (task, length, text) only and is the same for
-all its questions, so that an engine which keeps pages reads it once. Lengths are of the whole prompt in tokens, chat template included, at
-most and as near as a whole number of lines allows.
+multikey and multivalue hide their sentences between lines of a real text, which comes first; the JSON object follows it, each half of the
+context where both are wanted. So one context serves all tasks, depends on (tasks, length, text) only and is the same for all its questions:
+an engine that keeps pages reads it once. Lengths are of the whole prompt in tokens, chat template included, at most and as near as a whole
+number of lines allows.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ import itertools
 import random
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from zen_turbo.errors import ConfigurationError
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 TASKS = ("multikey", "multivalue", "kv")
 VALUES_PER_NAME = 4
 # One needle per so many tokens of context.
-_TOKENS_PER_NEEDLE = 160
+_TOKENS_PER_NEEDLE = 40
 _QUESTION_TOKENS = 96  # room for the question when the context is sized
+_ASK = {
+    "multikey": "What is the access code of the {}? Answer with the number only.",
+    "multivalue": "The text gives {1} access codes of the {0}. List all {1} numbers.",
+    "kv": 'What is the value of the key "{}" in the JSON object above? Answer with the value only.',
+}
 
 _ADJECTIVES = (
     "amber ancient autumn bitter blue brave bright broken calm careful clever cold coral crimson curious dapper dark distant dusty eager "
@@ -48,12 +54,19 @@ _NOUNS = (
 class Question(NamedTuple):
     """text: what follows the context. answers: strings that a right answer contains, each counted on its own."""
 
+    task: str
     text: str
     answers: tuple[str, ...]
 
 
 class Context(NamedTuple):
-    task: str
+    text: str
+    questions: list[Question]  # task by task
+
+
+class _Part(NamedTuple):
+    """A stretch of a context: its text, and the questions of each task that asks about it."""
+
     text: str
     questions: list[Question]
 
@@ -70,23 +83,37 @@ def names(count: int, generator: random.Random) -> list[str]:
 
 
 def make_context(
-    task: str, *, length: int, num_questions: int, lines: Sequence[str], count: Callable[[str], int], max_new_tokens: int
+    questions: Mapping[str, int], *, length: int, lines: Sequence[str], count: Callable[[str], int], max_new_tokens: int
 ) -> Context:
-    """Build one context and its questions.
+    """Build one context for the tasks of ``questions``, which says how many of each to ask.
 
     lines: real text to hide in, enough for ``length`` tokens (not used by kv). count: tokens of a whole prompt with this context and no
     question, chat template included. Raises ConfigurationError for an unknown task or more questions than the context has facts.
     """
+    for task in questions:
+        if task not in TASKS:
+            raise ConfigurationError(f"There is no retrieval task {task!r}; known are {', '.join(TASKS)}.", param="tasks")
     room = length - _QUESTION_TOKENS - max_new_tokens
-    generator = random.Random(f"retrieval {GENERATOR_VERSION} {task} {length}")
-    if task == "kv":
-        return _kv(length, num_questions, count, room, generator)
-    if task not in TASKS:
-        raise ConfigurationError(f"There is no retrieval task {task!r}; known are {', '.join(TASKS)}.", param="tasks")
-    per_name = VALUES_PER_NAME if task == "multivalue" else 1
-    num_names = max(1, length // _TOKENS_PER_NEEDLE // per_name)
-    facts = {name: tuple(str(value) for value in generator.sample(range(10**6, 10**7), per_name)) for name in names(num_names, generator)}
-    needles = [(name, value) for name, values in facts.items() for value in values]
+    hidden = {task: number for task, number in questions.items() if task != "kv"}
+    parts: list[_Part] = []
+    if hidden:
+        share = room // 2 if "kv" in questions else room
+        parts.append(_text_part(hidden, share, lines, count))
+    if "kv" in questions:
+        before = "".join(f"{part.text}\n\n" for part in parts)
+        parts.append(_kv_part(questions["kv"], room, lambda body: count(before + body)))
+    return Context("\n\n".join(part.text for part in parts), [question for part in parts for question in part.questions])
+
+
+def _text_part(questions: Mapping[str, int], room: int, lines: Sequence[str], count: Callable[[str], int]) -> _Part:
+    """Real text of at most ``room`` tokens with the facts of multikey, multivalue or both."""
+    generator = random.Random(f"retrieval {GENERATOR_VERSION} {','.join(questions)} {room}")
+    per_name = {task: VALUES_PER_NAME if task == "multivalue" else 1 for task in questions}
+    num_names = max(1, room // _TOKENS_PER_NEEDLE // sum(per_name.values()))  # of each task
+    every = names(num_names * len(questions), generator)
+    values = iter(generator.sample(range(10**6, 10**7), num_names * sum(per_name.values())))
+    facts = {task: {every.pop(): tuple(str(next(values)) for _ in range(number)) for _ in range(num_names)} for task, number in per_name.items()}
+    needles = [(name, value) for of_task in facts.values() for name, found in of_task.items() for value in found]
     generator.shuffle(needles)
     places = sorted(generator.random() for _ in needles)
 
@@ -102,37 +129,33 @@ def make_context(
 
     num_lines = bisect.bisect_right(range(len(lines) + 1), room, key=lambda number: count(text_with(number))) - 1
     if num_lines < 1:
-        raise ConfigurationError(f"A {task} context has more than {length} tokens of facts alone.", param="lengths")
-    asked = _spread(list(facts), num_questions, task, length)
-    if task == "multikey":
-        questions = [Question(f"What is the access code of the {name}? Answer with the number only.", facts[name]) for name in asked]
-    else:
-        questions = [
-            Question(f"The text gives {per_name} access codes of the {name}. List all {per_name} numbers.", facts[name]) for name in asked
-        ]
-    return Context(task, text_with(num_lines), questions)
+        raise ConfigurationError(f"The facts alone have more than {room} tokens.", param="lengths")
+    asked = []
+    for task, wanted in questions.items():
+        ask = _ASK[task]
+        asked += [Question(task, ask.format(name, VALUES_PER_NAME), facts[task][name]) for name in _spread(list(facts[task]), wanted, task)]
+    return _Part(text_with(num_lines), asked)
 
 
-def _kv(length: int, num_questions: int, count: Callable[[str], int], room: int, generator: random.Random) -> Context:
+def _kv_part(num_questions: int, room: int, count: Callable[[str], int]) -> _Part:
+    generator = random.Random(f"retrieval {GENERATOR_VERSION} kv {room}")
+
     def fresh() -> str:
         return str(uuid.UUID(int=generator.getrandbits(128), version=4))
 
-    pairs = [(fresh(), fresh()) for _ in range(length // 16)]  # more than any tokenizer fits
+    pairs = [(fresh(), fresh()) for _ in range(room // 16)]  # more than any tokenizer fits
 
     def text_with(number: int) -> str:
         return "JSON data:\n{" + ",\n".join(f'"{key}": "{value}"' for key, value in pairs[:number]) + "}"
 
     number = bisect.bisect_right(range(len(pairs) + 1), room, key=lambda some: count(text_with(some))) - 1
     values = dict(pairs[: max(number, 0)])
-    asked = _spread(list(values), num_questions, "kv", length)
-    ask = 'What is the value of the key "{}" in the JSON object above? Answer with the value only.'
-    return Context("kv", text_with(number), [Question(ask.format(key), (values[key],)) for key in asked])
+    asked = [Question("kv", _ASK["kv"].format(key), (values[key],)) for key in _spread(list(values), num_questions, "kv")]
+    return _Part(text_with(number), asked)
 
 
-def _spread(keys: list[str], count: int, task: str, length: int) -> list[str]:
+def _spread(keys: list[str], count: int, task: str) -> list[str]:
     """``count`` keys, evenly spread over the list."""
     if count > len(keys):
-        raise ConfigurationError(
-            f"{count} questions are wanted, a {task} context of {length} tokens has only {len(keys)} facts.", param="questions"
-        )
+        raise ConfigurationError(f"{count} {task} questions are wanted, the context has only {len(keys)} facts for them.", param="questions")
     return [keys[index * len(keys) // count] for index in range(count)]
