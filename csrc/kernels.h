@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #define ZT_PAGE 64
-#define ZT_ABI_VERSION 3
+#define ZT_ABI_VERSION 4
 
 enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1, ZT_INT8 = 2 /* pages only */ };
 enum zt_status { ZT_OK = 0, ZT_BAD_ARGUMENT = 1, ZT_NO_MEMORY = 2 };
@@ -79,7 +79,9 @@ typedef struct {
 
 /* Choose the pages that each query block reads, from the means of pages (select.inl has the rule). Queries, rows, variants and
  * logit_factor as in zt_attend_args, after the run's own keys were stored; span_pages is the length of a span in pages, 0 without spans.
- * Writes bits[q_heads][blocks][words], words = ceil((first_position / 64 + blocks) / 64), bit p = page p, and how many are set. */
+ * Writes bits[q_heads][blocks][words], words = ceil((first_position / 64 + blocks) / 64), bit p = page p, and how many are set. With
+ * per_kv_head lists are [kv_heads] and `mass` too: query heads of a group share one, by the sum of their energies. A single row may be at any
+ * position. */
 typedef struct {
   const void* q[3];
   int64_t q_row_stride, q_head_stride; /* elements */
@@ -96,6 +98,7 @@ typedef struct {
   int64_t sample_rows; /* 1 to 64 */
   int32_t q_heads, kv_heads, head_dim, dtype;
   float scale;
+  int32_t per_kv_head;
   int32_t num_threads;
 } zt_select_args;
 

@@ -12,6 +12,8 @@
 //
 // Means are fp32 in summaries; they are packed once per call into the layout of a K page (keys are then pages), which makes scoring a matrix
 // product: rows of all heads of a group against the same means. Work item = (KV head, query block); one thread does one item.
+//
+// In decode the block is one row, and the heads of a group share one list (per_kv_head), because a page is then read once for all of them.
 #include "kernels.h"
 
 namespace {
@@ -159,9 +161,13 @@ static int select_typed(const zt_select_args* a) {
           for (int64_t page = 0; page < end; page += 16) store(e + page, fma(load(s + page), share, load(e + page)));
         }
       }
-      for (int i = 0; i < group; i++) {
-        const int64_t list = (h * group + i) * blocks + block;
-        a->counts[list] = keep_pages(energy + i * padded, count, a->sink_pages, a->local_pages, a->mass[h * group + i], a->most_pages,
+      const int lists = a->per_kv_head ? 1 : group;
+      if (a->per_kv_head)
+        for (int i = 1; i < group; i++)
+          for (int64_t page = 0; page < end; page += 16) store(energy + page, add(load(energy + page), load(energy + i * padded + page)));
+      for (int i = 0; i < lists; i++) {
+        const int64_t list = (h * lists + i) * blocks + block;
+        a->counts[list] = keep_pages(energy + i * padded, count, a->sink_pages, a->local_pages, a->mass[h * lists + i], a->most_pages,
                                      steps, a->bits + list * words, words);
         if (a->energies)
           for (int64_t page = 0; page < num_pages; page++) a->energies[list * num_pages + page] = page < count ? energy[i * padded + page] : 0.0f;

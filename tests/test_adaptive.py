@@ -15,7 +15,7 @@ import torch
 from zen_turbo import LLM
 from zen_turbo.attention import blocks, fidelity
 from zen_turbo.attention.attend import ChunkPlan
-from zen_turbo.attention.fidelity import Fidelity
+from zen_turbo.attention.fidelity import Fidelity, Observation
 from zen_turbo.attention.policies import adaptive
 from zen_turbo.config import PRESETS
 from zen_turbo.engine.engine import DENSE_TAIL_TOKENS
@@ -87,7 +87,7 @@ def test_short_prompts_are_dense_to_the_bit(tiny_folder: Path) -> None:
 
 
 def test_all_of_the_mass_is_dense_to_the_bit(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, small_windows: None) -> None:
-    monkeypatch.setattr(Fidelity, "mass", lambda self, layer: torch.ones(self._known.left_out.shape[1]))
+    monkeypatch.setattr(Fidelity, "mass", lambda self, layer: torch.ones(self._left_out.shape[1]))
     prompt = tiny.tokens(LENGTH)
     sparse, dense = spied(make(tiny_folder), prompt), spied(make(tiny_folder, attention="dense"), prompt)
     assert same(sparse, dense)
@@ -108,7 +108,7 @@ def test_a_run_repeats_to_the_bit_on_any_number_of_threads(tiny_folder: Path, sm
     assert same(spied(make(tiny_folder), prompt), spied(make(tiny_folder, num_threads=1), prompt))
 
 
-@pytest.mark.parametrize("shared", [700, 1100, LENGTH])
+@pytest.mark.parametrize("shared", [512, 700, 1100, LENGTH])
 def test_cached_is_cold_to_the_bit(tiny_folder: Path, small_windows: None, shared: int) -> None:
     first = tiny.tokens(LENGTH)
     second = [*first[:shared], *tiny.tokens(400, seed=9)]
@@ -116,8 +116,8 @@ def test_cached_is_cold_to_the_bit(tiny_folder: Path, small_windows: None, share
     warm_engine.generate(first, GREEDY)
     warm, cold = spied(warm_engine, second), spied(make(tiny_folder), second)
     assert cold[0].cached_tokens == 0
-    # Whole chunks, before the rows of the first prompt that read everything.
-    assert warm[0].cached_tokens == min(shared, LENGTH - DENSE_TAIL_TOKENS) // 128 * 128
+    # Whole pages, before the rows of the first prompt that read everything.
+    assert warm[0].cached_tokens == min(shared, LENGTH - DENSE_TAIL_TOKENS) // 64 * 64
     assert same(warm, cold)
 
 
@@ -177,9 +177,9 @@ def test_rows_to_sample_do_not_depend_on_chunks() -> None:
     assert all(row < 100_000 - 98_304 for layer in range(50) for row in state.rows_to_sample(98_304, 2048, layer))
 
 
-def observe(state: Fidelity, layer: int, error: list[float], *, pages: int = 10) -> None:
+def observe(state: Fidelity, layer: int, error: list[float], *, position: int = 5000) -> None:
     lse = torch.zeros(3)
-    state.observe_row(layer, lse_kept=lse - 0.1, lse_full=lse, error=torch.tensor(error), pages=torch.full((3,), pages))
+    state.observe_row(Observation(position, layer, torch.tensor(error), torch.full((3,), 10.0)), lse_kept=lse - 0.1, lse_full=lse)
 
 
 def test_shares_rise_where_the_price_is_passed_and_from_the_next_window_on() -> None:
@@ -230,14 +230,22 @@ def test_the_parts_of_the_depth_begin_with_their_own_shares() -> None:
 
 def test_what_was_learnt_goes_with_a_prefix() -> None:
     first = steering()
-    for chunk in range(6):
+    for chunk in range(10):
         first.begin_chunk(chunk * 2048)
-        observe(first, 1, [0.5, 1e-3, 1e-9])
-    second = steering()
-    second.resume(first.marks, 4 * 2048)
-    second.begin_chunk(4 * 2048)
-    assert torch.equal(second.mass(1), first.mass(1))
-    assert set(second.marks) == {chunk * 2048 for chunk in range(5)}
+        for row in (30, 1000):
+            observe(first, 1, [0.5 / (chunk + 1), 1e-3, 1e-9], position=chunk * 2048 + row)
+    for pages in (1, 70, 128, 129, 200, 256):
+        second, again = steering(), steering()
+        second.resume([first.note(page) for page in range(pages)])
+        for start in range(0, pages * 64, 64):
+            again.begin_chunk(start)
+            for seen in first.note(start // 64).observations:
+                again.observe_row(seen, lse_kept=torch.zeros(3), lse_full=torch.zeros(3))
+        for state in (second, again):
+            state.begin_chunk(pages * 64)
+            observe(state, 1, [0.5, 0.5, 0.5], position=pages * 64)
+            state.begin_chunk(24576)
+        assert torch.equal(second.mass(1), again.mass(1)), pages
 
 
 def test_telemetry_counts_what_was_observed() -> None:

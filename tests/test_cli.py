@@ -238,6 +238,55 @@ def test_bench_marginal(run: Any, tiny_folder: Path) -> None:
     expect_mistake(run(*arguments, "--positions", "500,1024"), "invalid_configuration", "128")
 
 
+def test_cache(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    expect_mistake(run("cache", "ls", "--store", folder), "invalid_configuration", "no store")
+    document = tmp_path / "text.txt"
+    document.write_text("abc def " * 200)
+    assert run("ask", "What?", document, "--model", tiny_folder, "--max-tokens", "2", "--store", folder, *ROOM).status == 0
+    facts = json.loads(run("cache", "stats", "--store", folder).out)
+    assert facts["segments"] == facts["identities"] == 1 and facts["bytes"] > 0
+    line = run("cache", "ls", "--store", folder).out
+    assert "dense attention" in line and "1 segments" in line
+    sound = run("cache", "verify", "--store", folder)
+    assert sound.status == 0 and "0 damaged" in sound.out
+    (records,) = folder.glob("*/*.pages")
+    records.write_bytes(records.read_bytes()[:-1])
+    damaged = run("cache", "verify", "--store", folder)
+    assert damaged.status == 1 and "1 damaged" in damaged.out
+    expect_mistake(run("cache", "rm", "--store", folder), "invalid_configuration", "--all")
+    expect_mistake(run("cache", "rm", "zzz", "--store", folder), "invalid_configuration", "zzz")
+    assert run("cache", "rm", line.split()[0], "--store", folder).status == 0
+    assert json.loads(run("cache", "stats", "--store", folder).out)["segments"] == 0
+
+
+def test_bench_decode(run: Any, tiny_folder: Path) -> None:
+    arguments = ("bench", "decode", "--model", tiny_folder, "--dense-tokens", "256", "--decode-dense-tokens", "256", "--decode-pages", "4", *ROOM)
+    record = run(*arguments, "--contexts", "128,1024", "--tokens", "40").record
+    assert record["bench"] == "decode"
+    assert [(row["context"], row["attention"]) for row in record["rows"]] == [(c, a) for c in (128, 1024) for a in ("dense", "sparse")]
+    assert all(row["tpot_ms"] > 0 for row in record["rows"])
+    short, long = (row for row in record["rows"] if row["attention"] == "sparse")
+    assert short["recall"] is None and short["top1_agreement"] == 1 and short["kl"] == 0, "a short context is read whole"
+    assert 0 < long["recall"] < 1 and long["kl"] > 0
+    expect_record(record)
+    expect_mistake(run(*arguments, "--contexts", "100"), "invalid_configuration", "64")
+    expect_mistake(run(*arguments, "--contexts", "128", "--attention", "fast"), "invalid_configuration", "dense, sparse")
+
+
+def test_bench_reuse(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = ("bench", "reuse", "--model", tiny_folder, *ROOM)
+    record = run(*arguments, "--lengths", "1000").record
+    assert record["bench"] == "reuse"
+    cold, warm = record["rows"]
+    assert (cold["case"], cold["cached_tokens"], cold["share"]) == ("cold", 0, 1)
+    assert warm["case"] == "warm" and warm["cached_tokens"] >= 768 and warm["identical"]
+    expect_record(record)
+    restart = run(*arguments, "--lengths", "1000", "--store", tmp_path).record["rows"][2]
+    assert restart["case"] == "restart" and restart["cached_tokens"] >= 768 and restart["identical"]
+    expect_mistake(run(*arguments, "--lengths", "50"), "invalid_configuration", "96")
+
+
 def test_eval_passkey(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "passkey.json"
     arguments = ("eval", "passkey", "--model", tiny_folder, "--lengths", "400", "--depths", "2", "--seeds", "1", "--output", output, *ROOM)

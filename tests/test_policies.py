@@ -196,4 +196,5 @@ def test_the_engine_runs_every_policy(tiny_folder: Path, name: str) -> None:
     greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     first, second = (llm.generate(tiny.tokens(1700), greedy) for _ in range(2))
     assert first.metrics.recall is not None and first.metrics.density <= 1
-    assert (second.cached_tokens, second.token_ids) == (1536, first.token_ids)
+    # All but the last token, or whole chunks where a policy looks at chunks.
+    assert (second.cached_tokens, second.token_ids) == (1664 if name == "adaptive" else 1536, first.token_ids)

@@ -95,7 +95,7 @@ def test_sizes() -> None:
     assert [GEOMETRY.bytes_for(tokens) // GEOMETRY.slot_bytes for tokens in (0, 1, 64, 65)] == [0, 1, 1, 2]
 
 
-@given(st.lists(st.tuples(st.sampled_from("reserve fork truncate release".split()), st.integers(0, 5), st.integers(0, 12))))
+@given(st.lists(st.tuples(st.sampled_from("reserve adopt release".split()), st.integers(0, 5), st.integers(0, 12))))
 def test_slots_are_never_lost_or_shared_by_mistake(steps: list[tuple[str, int, int]]) -> None:
     """Any history of sequences: every slot is free or owned, and a slot of two sequences holds the same page of both."""
     pool = PagePool(GEOMETRY, 24)
@@ -110,11 +110,9 @@ def test_slots_are_never_lost_or_shared_by_mistake(steps: list[tuple[str, int, i
                 assert cache.slots == before
             else:
                 cache.commit(max(cache.num_tokens, 64 * len(cache.slots)))
-        elif action == "fork":
+        elif action == "adopt":
             sequences[(index + 1) % 6].release()
-            sequences[(index + 1) % 6] = cache.fork(64 * min(pages, cache.num_tokens // 64))
-        elif action == "truncate":
-            cache.truncate(64 * min(pages, cache.num_tokens // 64))
+            sequences[(index + 1) % 6].adopt(cache.slots[: min(pages, cache.num_tokens // 64)])
         else:
             cache.release()
     owned = {slot for cache in sequences for slot in cache.slots}

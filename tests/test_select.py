@@ -99,6 +99,28 @@ def test_energies(
     assert torch.equal(again.bits, chosen.bits) and torch.equal(again.counts, chosen.counts)
 
 
+@dtypes
+@pytest.mark.parametrize("position", [4096, 4100, 4159, 63])
+def test_one_row_and_one_list_for_the_heads_of_a_group(isa: str, position: int, dtype: torch.dtype) -> None:
+    heads, kv_heads, head_dim = 6, 2, 64
+    qkv = random_qkv(position + 1, heads, kv_heads, head_dim, dtype)
+    view = with_summaries(make_view(position // 64 + 1, kv_heads, head_dim, dtype), head_dim)
+    store(qkv, view, heads=heads)
+    q = (torch.randn(1, heads, head_dim, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
+    settings = {"first_position": position, "scale": 0.125, "span_pages": None, "sample_rows": 1}
+    energies = torch.full((kv_heads, 1, position // 64 + 1), float("nan"))
+    chosen = kernels.select_pages(
+        (q, None, None), view, torch.full((2,), 0.7), **settings, sink_pages=1, local_pages=2, energies=energies, per_kv_head=True
+    )
+    full = position // 64 * 64
+    k = qkv[:full, heads : heads + kv_heads]
+    rounded = torch.cat((reference.page_means(k).to(dtype).repeat_interleave(64, dim=0), qkv[full:, heads : heads + kv_heads].double()))
+    expected = reference.page_energies((q, None, None), rounded, **settings).view(kv_heads, 3, 1, -1).sum(dim=1)
+    torch.testing.assert_close(energies.double(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 2e-4, atol=1e-6)
+    check_kept(chosen, energies, torch.full((2,), 0.7), position, sinks=1, local=2)
+    assert int(chosen.counts.max()) < 66
+
+
 def kept_pages(chosen: kernels.PageBits, num_pages: int) -> torch.Tensor:
     """bool [lists, blocks, pages]"""
     bits = (chosen.bits[..., None] >> torch.arange(64)) & 1

@@ -13,6 +13,7 @@ from typing import Any
 from zen_turbo.errors import ConfigurationError
 
 ATTENTION_POLICIES = ("dense", "adaptive", "minference", "flexprefill", "xattention", "tri_shape")
+DECODE_POLICIES = ("auto", "dense", "sparse")
 KV_DTYPES = ("auto", "int8")
 PRESETS = ("turbo", "balanced", "faithful")
 DTYPES = ("bfloat16", "float32")
@@ -39,6 +40,13 @@ class EngineConfig:
         None, "Share of estimated attention mass that adaptive attention keeps in every head, between 0 and 1. Default: steered by the preset."
     )
     dense_tokens: int = _knob(4096, "Chunks that end within so many tokens of the prompt's beginning are read densely by every policy.")
+    decode_attention: str = _knob(
+        "auto",
+        "What each token of an answer reads: all pages (dense), the pages that matter to it (sparse), or auto: sparse after a sparse prefill.",
+        choices=DECODE_POLICIES,
+    )
+    decode_pages: int = _knob(256, "Most pages, per layer and KV head, that a token of an answer reads with sparse decode, beside the recent ones.")
+    decode_dense_tokens: int = _knob(8192, "Contexts up to so many tokens are read whole by every token of an answer.")
     context_extension: str = _knob(
         "dca",
         "How positions beyond the trained window are reached: dca (Dual Chunk Attention, exact inside the window) or none.",
@@ -51,6 +59,8 @@ class EngineConfig:
     dtype: str = _knob("bfloat16", "Type of weights, activations and KV pages.", choices=DTYPES)
     kv_dtype: str = _knob("auto", "Type of the KV pages: auto (as dtype) or int8, half the memory of bfloat16.", choices=KV_DTYPES)
     kv_cache_bytes: int | None = _knob(None, "Most memory the KV pages may take, in bytes. Default: 85 % of the memory free after loading.")
+    store: str | None = _knob(None, "Folder in which computed pages are kept beyond the process, for any number of processes. Default: none are.")
+    store_bytes: int = _knob(32 << 30, "Most bytes that the store may take on disk; what was used least recently is deleted first.")
     num_threads: int | None = _knob(None, "Compute threads. Default: the CPUs this process may use.")
     dca_chunk_size: int | None = _knob(None, "DCA chunk_size in tokens. Default: the checkpoint's own, else the trained window.")
     dca_local_size: int | None = _knob(None, "DCA local_size in tokens. Default: the checkpoint's own, else a quarter of chunk_size.")
@@ -73,10 +83,21 @@ class EngineConfig:
             raise ConfigurationError(f"fidelity must lie between 0 and 1, not {self.fidelity}.", param="fidelity")
         if self.dense_tokens < 0:
             raise ConfigurationError(f"dense_tokens must not be negative, not {self.dense_tokens}.", param="dense_tokens")
-        for name in ("max_model_len", "kv_cache_bytes", "num_threads", "dca_chunk_size", "dca_local_size"):
+        if self.decode_dense_tokens < 0:
+            raise ConfigurationError(f"decode_dense_tokens must not be negative, not {self.decode_dense_tokens}.", param="decode_dense_tokens")
+        for name in ("decode_pages", "store_bytes", "max_model_len", "kv_cache_bytes", "num_threads", "dca_chunk_size", "dca_local_size"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigurationError(f"{name} must be positive, not {value}.", param=name)
+
+    @property
+    def decodes_sparsely(self) -> bool:
+        return self.decode_attention == "sparse" or (self.decode_attention == "auto" and self.attention != "dense")
+
+    @property
+    def needs_summaries(self) -> bool:
+        """Whether a mean key and mean value is kept with every page."""
+        return self.attention != "dense" or self.decodes_sparsely
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:

@@ -27,7 +27,7 @@ from zen_turbo.errors import KernelError
 ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _INT8 = 2
 _NUM_VARIANTS = 3
@@ -129,6 +129,7 @@ class _SelectArgs(ctypes.Structure):
         ("head_dim", _int32),
         ("dtype", _int32),
         ("scale", _float),
+        ("per_kv_head", _int32),
         ("num_threads", _int32),
     )
 
@@ -571,20 +572,23 @@ def select_pages(
     sample_rows: int = 8,
     logit_factor: torch.Tensor | None = None,
     energies: torch.Tensor | None = None,
+    per_kv_head: bool = False,
     num_threads: int | None = None,
 ) -> PageBits:
     """Choose pages for every query block and head from the means of pages; ``csrc/select.inl`` has the rule.
 
-    queries, kv, first_position (a multiple of 64), scale, logit_factor: as for ``attend``, after ``store`` of the same rows. mass: float32
-    [heads], the share of estimated attention mass to keep; 1 keeps every page. sink_pages, local_pages: kept always, as is the diagonal;
-    at most ``most_pages`` others. energies: float32 [heads, blocks, pages], filled with the estimates if given. Raises ValueError for
-    arguments that do not fit together. Cost: 2 * head_dim * sample_rows FLOP per head, query block and page.
+    queries, kv, first_position (a multiple of 64, or of a single row), scale, logit_factor: as for ``attend``, after ``store`` of the same
+    rows. mass: float32 [lists], the share of estimated attention mass to keep; 1 keeps every page. sink_pages, local_pages: kept always, as is
+    the diagonal; at most ``most_pages`` others. energies: float32 [lists, blocks, pages], filled with the estimates if given. There is a list
+    for every head, or with ``per_kv_head`` one for all heads of a group, by the sum of their estimates. Raises ValueError for arguments that
+    do not fit together. Cost: 2 * head_dim * sample_rows FLOP per head, query block and page.
     """
     first = _queries(queries)
     num_rows, num_heads, head_dim = first.shape
     summaries = _summaries(kv, head_dim)
-    _need(first_position % PAGE_TOKENS == 0, f"first_position must be a multiple of {PAGE_TOKENS}")
-    _need(mass.dtype == torch.float32 and mass.shape == (num_heads,) and mass.is_contiguous(), f"mass must be float32 [{num_heads}]")
+    num_lists = kv.pages.shape[1] if per_kv_head else num_heads
+    _need(first_position % PAGE_TOKENS == 0 or num_rows == 1, f"first_position must be a multiple of {PAGE_TOKENS}")
+    _need(mass.dtype == torch.float32 and mass.shape == (num_lists,) and mass.is_contiguous(), f"mass must be float32 [{num_lists}]")
     num_blocks = -(-num_rows // PAGE_TOKENS)
     num_pages = first_position // PAGE_TOKENS + num_blocks
     _need(num_pages <= kv.page_table.shape[0], "the rows lie beyond the page table")
@@ -592,11 +596,11 @@ def select_pages(
     if span_pages is not None:
         needed = min((num_pages - 1) // span_pages, 2)
         _need(all(query is not None for query in queries[: needed + 1]), f"these rows need {needed + 1} query variants")
-    for tensor, shape in ((logit_factor, (num_rows,)), (energies, (num_heads, num_blocks, num_pages))):
+    for tensor, shape in ((logit_factor, (num_rows,)), (energies, (num_lists, num_blocks, num_pages))):
         if tensor is not None:
             _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
-    bits = torch.empty((num_heads, num_blocks, -(-num_pages // 64)), dtype=torch.int64)
-    counts = torch.empty((num_heads, num_blocks), dtype=torch.int32)
+    bits = torch.empty((num_lists, num_blocks, -(-num_pages // 64)), dtype=torch.int64)
+    counts = torch.empty((num_lists, num_blocks), dtype=torch.int32)
     args = _SelectArgs(
         (_pointer * _NUM_VARIANTS)(*(query.data_ptr() if query is not None else None for query in queries)),
         first.stride(0),
@@ -621,6 +625,7 @@ def select_pages(
         head_dim,
         _DTYPES[first.dtype],
         scale,
+        per_kv_head,
         num_threads or torch.get_num_threads(),
     )
     _call("zt_select_pages", args)

@@ -17,6 +17,7 @@ from zen_turbo import kernels
 from zen_turbo.attention import blocks, dca
 from zen_turbo.attention.blocks import Chunk, Queries
 from zen_turbo.attention.dca import DualChunk
+from zen_turbo.attention.decode import SparseDecode
 from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import PAGE_TOKENS
@@ -186,6 +187,14 @@ class Attention:
             sparse_blocks=plan.sparse_blocks(fidelity),
         )
         return fidelity.select(chunk, layer)
+
+    def select_for_token(self, plan: ChunkPlan, queries: Queries, kv: PageView, decode: SparseDecode) -> BlockLists:
+        """The pages that the one row of ``plan`` reads in this layer."""
+        if not decode.is_sparse(plan.first_position):
+            return plan.lists
+        return decode.select(
+            queries, kv, position=plan.first_position, scale=self.scale, span_pages=self.span_pages, logit_factor=plan.logit_factor
+        )
 
     def _dense_lists(self, first_position: int, num_rows: int, window: int | None = None) -> BlockLists:
         return blocks.dense_lists(

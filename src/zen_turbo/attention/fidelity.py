@@ -7,13 +7,15 @@ Recall of a row is exp(lse_kept - lse_full): the log-sum-exp over the kept pages
 one more pass of the decode kernel for that row, which also gives the exact output and costs as much as reading all keys once. Rows to sample
 are fixed by position and layer, some in every window of ``WINDOW_TOKENS`` positions, fewer far out, where a pass costs more. What was learnt
 in a window counts from the next one on. So the result depends neither on the size of chunks, which must divide the window, nor on whether a
-prefix was computed now or found in the cache: what is known at every chunk's beginning is remembered, and a request that starts from a cached
-prefix goes on from there.
+prefix was computed now or found in the cache: every page carries a note of what was sampled in its rows, and one that begins a window the shares
+there, and a request that starts from cached pages goes on from their notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from array import array
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,13 +38,50 @@ def samples_in(window: int) -> int:
     return 2
 
 
-class Mark(NamedTuple):
-    """What is known before a chunk: the share each head leaves out, and sums over the window's samples so far. float32 [layers, heads]."""
+def recall_of(lse_kept: torch.Tensor, lse_full: torch.Tensor) -> torch.Tensor:
+    """The share of attention mass that was kept. The two kernels round differently: never more than all."""
+    return (lse_kept - lse_full).exp().clamp(0, 1)
 
-    left_out: torch.Tensor
-    errors: torch.Tensor
+
+class Observation(NamedTuple):
+    """One sampled row of one layer: for each head what its selection changed in the residual stream (squared, relative), and the pages it
+    read; float32 [heads] each."""
+
+    position: int
+    layer: int
+    error: torch.Tensor
     pages: torch.Tensor
-    samples: torch.Tensor
+
+
+class Note(NamedTuple):
+    """What a page leaves to those who go on after it: the share each head leaves out, float32 [layers, heads], if a window begins with this
+    page, and what was sampled in its rows."""
+
+    left_out: torch.Tensor | None
+    observations: tuple[Observation, ...]
+
+
+    def to_bytes(self) -> bytes:
+        """Little-endian: layers, heads, 1 if there are shares; the shares; then for each observation position, layer, errors, pages."""
+        rows = [] if self.left_out is None else [self.left_out.flatten()]
+        layers, heads = (0, 0) if self.left_out is None else self.left_out.shape
+        if self.observations:
+            heads = len(self.observations[0].error)
+        head = struct.pack("<IIII", layers, heads, self.left_out is not None, len(self.observations))
+        where = b"".join(struct.pack("<qI", seen.position, seen.layer) for seen in self.observations)
+        rows += [part for seen in self.observations for part in (seen.error, seen.pages)]
+        values = torch.cat(rows).numpy().astype("<f4").tobytes() if rows else b""
+        return head + where + values
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Note:
+        """What ``to_bytes`` gave; checked by whoever stored it."""
+        layers, heads, has_shares, count = struct.unpack_from("<IIII", content)
+        where = [struct.unpack_from("<qI", content, 16 + 12 * number) for number in range(count)]
+        values = torch.tensor(array("f", content[16 + 12 * count :]))
+        shares = values[: layers * heads].view(layers, heads) if has_shares else None
+        rows = values[layers * heads if has_shares else 0 :].view(count, 2, heads)
+        return cls(shares, tuple(Observation(*place, *row) for place, row in zip(where, rows, strict=True)))
 
 
 class Fidelity:
@@ -60,19 +99,20 @@ class Fidelity:
         self._policy = policy
         self.dense_below = -(-dense_below // PAGE_TOKENS) * PAGE_TOKENS
         self.dense_from = dense_from // PAGE_TOKENS * PAGE_TOKENS
-        self.marks: dict[int, Mark] = {}
         share = torch.zeros((num_layers, num_heads))
         if isinstance(policy, AdaptiveSettings):
             share = adaptive.starting_share(num_layers, num_heads, policy)
-        self._start = share
-        self._known = Mark(share, *(torch.zeros_like(share) for _ in range(3)))
+        self._start = self._left_out = share
+        self._observed: list[Observation] = []  # in this window, ascending for each layer
+        self._window_shares: dict[int, torch.Tensor] = {}  # by first page
+        self._page_observations: dict[int, list[Observation]] = {}
         self._kept = 0
         self._causal = 0
         self._recalls: list[torch.Tensor] = []  # [heads] each
 
     def mass(self, layer: int) -> torch.Tensor:
         """Share of estimated mass to keep in this chunk, float32 [heads]."""
-        return 1 - self._known.left_out[layer]
+        return 1 - self._left_out[layer]
 
     def select(self, chunk: Chunk, layer: int) -> BlockLists:
         """The policy's lists for one layer of a chunk."""
@@ -81,26 +121,30 @@ class Fidelity:
         return self._policy(chunk, layer)
 
     def begin_chunk(self, first_position: int) -> None:
-        """Heed what was learnt if a window begins here, and remember the state of things."""
-        if first_position % WINDOW_TOKENS == 0:
-            share, errors, pages, samples = self._known
-            if isinstance(self._policy, AdaptiveSettings):
-                counts = samples.clamp_min(1)
-                share = adaptive.adapt(share, errors / counts, pages / counts, self._policy, self._start)
-            self._known = Mark(share, *(torch.zeros_like(share) for _ in range(3)))
-        self.marks[first_position] = Mark(*(value.clone() for value in self._known))
+        """Heed what was learnt if a window begins here."""
+        if first_position % WINDOW_TOKENS:
+            return
+        if isinstance(self._policy, AdaptiveSettings):
+            error, pages, samples = (torch.zeros_like(self._start) for _ in range(3))
+            for seen in self._observed:
+                error[seen.layer] += seen.error
+                pages[seen.layer] += seen.pages
+                samples[seen.layer] += 1
+            counts = samples.clamp_min(1)
+            self._left_out = adaptive.adapt(self._left_out, error / counts, pages / counts, self._policy, self._start)
+        self._observed = []
+        self._window_shares[first_position // PAGE_TOKENS] = self._left_out
 
-    def marks_up_to(self, num_tokens: int) -> dict[int, Mark]:
-        """What a prefix of ``num_tokens``, whole chunks that were computed, leaves to a request that goes on after it."""
-        if num_tokens not in self.marks:  # the request ended there, before another chunk began
-            self.begin_chunk(num_tokens)
-        return self.marks
+    def note(self, page: int) -> Note:
+        """What a page that was computed here leaves to others."""
+        return Note(self._window_shares.get(page), tuple(self._page_observations.get(page, ())))
 
-    def resume(self, marks: dict[int, Mark], num_tokens: int) -> None:
-        """Go on after a cached prefix of ``num_tokens`` computed with ``marks``, by position of each chunk."""
-        self.marks = {position: mark for position, mark in marks.items() if position < num_tokens}
-        if num_tokens:
-            self._known = Mark(*(value.clone() for value in marks[num_tokens]))
+    def resume(self, notes: Sequence[Note]) -> None:
+        """Go on after a cached prefix of whole pages, one note each."""
+        first = next((page for page in reversed(range(len(notes))) if notes[page].left_out is not None), 0)
+        if notes and notes[first].left_out is not None:
+            self._left_out = notes[first].left_out
+        self._observed = [seen for note in notes[first:] for seen in note.observations]
 
     def rows_to_sample(self, first_position: int, num_rows: int, layer: int) -> list[int]:
         """Rows of this chunk on which recall is measured in ``layer``, ascending."""
@@ -117,16 +161,11 @@ class Fidelity:
                     rows.add(position - first_position)
         return sorted(rows)
 
-    def observe_row(
-        self, layer: int, *, lse_kept: torch.Tensor, lse_full: torch.Tensor, error: torch.Tensor, pages: torch.Tensor
-    ) -> None:
-        """One sampled row, [heads] each: log-sum-exps over kept and over all keys, what each head's selection changed in the residual stream
-        (squared, relative), and how many pages it read."""
-        self._recalls.append((lse_kept - lse_full).exp().clamp(0, 1))  # the two kernels round differently: never more than all
-        _, errors, read, samples = self._known
-        errors[layer] += error
-        read[layer] += pages
-        samples[layer] += 1
+    def observe_row(self, seen: Observation, *, lse_kept: torch.Tensor, lse_full: torch.Tensor) -> None:
+        """One sampled row, with its log-sum-exps over kept and over all keys, [heads] each."""
+        self._recalls.append(recall_of(lse_kept, lse_full))
+        self._observed.append(seen)
+        self._page_observations.setdefault(seen.position // PAGE_TOKENS, []).append(seen)
 
     def observe_lists(self, lists: BlockLists, *, num_heads: int, causal_pairs: int) -> None:
         """Count pairs of one layer's chunk; causal_pairs: (query block, key page) pairs of one head."""

@@ -28,6 +28,7 @@ import torch
 from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.bench import corpora
 from zen_turbo.bench.prefill import engine_facts, preset_of
+from zen_turbo.bench.reading import grid, read_chunk
 from zen_turbo.bench.report import Experiment, Row
 from zen_turbo.bench.text import fingerprint, read_tokens
 from zen_turbo.config import EngineConfig
@@ -82,21 +83,12 @@ def last_logits(
 ) -> torch.Tensor:
     """Logits of the last ``num_rows`` positions, float32 [num_rows, V], read on the engine's grid of chunks; pages come from the engine's
     pool unless another is given."""
-    cache, length, grid = SequenceCache(pool or engine.pool), len(tokens), engine.config.prefill_chunk_tokens
+    cache, length = SequenceCache(pool or engine.pool), len(tokens)
     parts = []
     try:
         cache.reserve(length)
-        for start in range(0, length, grid):
-            end = min(start + grid, length)
-            first = max(start, length - num_rows)
-            logits, _ = engine.decoder.forward(
-                torch.tensor(tokens[start:end], dtype=torch.int64),
-                cache.pages,
-                first_position=start,
-                logits_rows=slice(first - start, end - start) if first < end else None,
-                rope_seq_len=length,
-                fidelity=fidelity,
-            )
+        for start, end in grid(engine, 0, length):
+            logits = read_chunk(engine, cache, tokens, start, end, fidelity=fidelity, logits_from=length - num_rows)
             cache.commit(end)
             if logits is not None:
                 parts.append(logits)

@@ -21,11 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from zen_turbo.bench import corpora
 from zen_turbo.bench.gemm import GemmBenchmark, shapes_of_model
 from zen_turbo.bench.prefill import engine_facts, linear_flops, preset_of
+from zen_turbo.bench.reading import read_chunk
 from zen_turbo.bench.report import GIB, Experiment, Row
 from zen_turbo.bench.text import fingerprint, read_tokens
 from zen_turbo.config import EngineConfig
@@ -115,9 +114,7 @@ def _read(experiment: Experiment, engine: Engine, tokens: list[int], positions: 
 
         def chunk(start: int, *, sparse: bool) -> float:
             began = time.perf_counter()
-            ids = torch.tensor(tokens[start : start + grid], dtype=torch.int64)
-            fidelity = state if sparse else None
-            engine.decoder.forward(ids, cache.pages, first_position=start, rope_seq_len=len(tokens), fidelity=fidelity)
+            read_chunk(engine, cache, tokens, start, start + grid, fidelity=state if sparse else None)
             return time.perf_counter() - began
 
         for start in range(0, len(tokens), grid):

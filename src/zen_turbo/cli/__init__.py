@@ -16,6 +16,7 @@ import typer
 
 from zen_turbo import __version__
 from zen_turbo.cli.ask import ask
+from zen_turbo.cli.cache import cache_app
 from zen_turbo.cli.doctor import doctor
 from zen_turbo.cli.measure import bench_app, eval_app
 from zen_turbo.cli.pull import pull
@@ -36,6 +37,7 @@ app.command()(ask)
 app.command()(serve)
 app.command()(pull)
 app.command()(doctor)
+app.add_typer(cache_app, name="cache")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 

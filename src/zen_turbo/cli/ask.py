@@ -68,6 +68,7 @@ def ask(
         finally:
             print(flush=True)
     print(figures(llm, output), file=sys.stderr)
+    llm.engine.close()
 
 
 def load_llm(model: str, config: EngineConfig) -> LLM:

@@ -115,6 +115,50 @@ def bench_marginal(
     marginal.run(model=model, positions=integers(positions, "positions"), text=text, config=config, output=output)
 
 
+@bench_app.command("decode")
+@functools.partial(engine_options, without=("attention", "decode_attention"))
+def bench_decode(
+    model: Model = DEFAULT_MODEL,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens, multiples of 64, separated by commas; 8K is 8192.")] = "4096,16384",
+    modes: Annotated[str, typer.Option("--attention", help="How tokens read, separated by commas: dense, sparse.")] = "dense,sparse",
+    prefill: Annotated[str, typer.Option(help="Attention policy with which the context is read.")] = "adaptive",
+    num_tokens: Annotated[int, typer.Option("--tokens", help="Tokens to time at each context.")] = 64,
+    text: Annotated[str, typer.Option(help="What to read: code, novel, qa.")] = "code",
+    output: Output = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """Time per output token against context length, every page read or the pages that matter."""
+    from zen_turbo.bench import decode
+
+    decode.run(
+        model=model,
+        contexts=integers(contexts, "contexts"),
+        modes=modes.split(","),
+        prefill=prefill,
+        num_tokens=num_tokens,
+        text=text,
+        config=config,
+        output=output,
+    )
+
+
+@bench_app.command("reuse")
+@engine_options
+def bench_reuse(
+    model: Model = DEFAULT_MODEL,
+    lengths: Annotated[str, typer.Option(help="Document lengths in tokens, separated by commas; 8K is 8192.")] = "8192",
+    text: Annotated[str, typer.Option(help="What to ask about: code, novel, qa.")] = "code",
+    output: Output = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """What the second question about a document costs."""
+    from zen_turbo.bench import reuse
+
+    reuse.run(model=model, lengths=integers(lengths, "lengths"), text=text, config=config, output=output)
+
+
 @eval_app.command("passkey")
 @engine_options
 def eval_passkey(

@@ -4,13 +4,16 @@ A unit is one prefill chunk of one request, or one token of every request that i
 while a long prompt is read. Prompts are read in order of arrival. Chunks lie on a fixed grid of absolute positions, so what a chunk computes
 depends on its tokens and on what precedes them, never on how the work was cut or on how long the request turns out to be.
 
-The last finished request's pages are kept until memory is wanted: a request that begins with the same whole chunks starts after them.
+Full pages are indexed as they are written (``kv.prefix``) and kept until memory is wanted: a request starts after the longest prefix that is
+known, and one that continues a conversation after its last answer.
 
 ``submit`` and ``abort`` may be called from any thread; ``step`` from one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import time
 import uuid
@@ -22,9 +25,10 @@ from typing import NamedTuple
 
 import torch
 
-from zen_turbo.attention.fidelity import WINDOW_TOKENS, Fidelity, Mark
+from zen_turbo.attention.decode import DecodeSettings, SparseDecode
+from zen_turbo.attention.fidelity import WINDOW_TOKENS, Fidelity, Note
 from zen_turbo.attention.selection import policy_of
-from zen_turbo.config import EngineConfig
+from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.engine import memory
 from zen_turbo.engine.request import (
     Event,
@@ -49,7 +53,9 @@ from zen_turbo.errors import (
 from zen_turbo.kernels import usable_cpus
 from zen_turbo.kv.geometry import PageGeometry, pages_for
 from zen_turbo.kv.pool import PagePool
+from zen_turbo.kv.prefix import Chain, PrefixIndex
 from zen_turbo.kv.sequence import SequenceCache
+from zen_turbo.kv.store import PageStore, StoredPage
 from zen_turbo.models.catalogue import resolve_model
 from zen_turbo.models.decoder import Decoder, Timers, trained_window
 from zen_turbo.models.loader import load_checkpoint
@@ -59,6 +65,12 @@ from zen_turbo.text.tokenizer import Tokenizer, load_tokenizer
 DCA_MAX_MODEL_LEN = 1_048_576
 DENSE_TAIL_TOKENS = 128  # the prompt's end, where the question is, reads everything
 KV_SHARE_OF_FREE_MEMORY = 0.85
+PAGE_FORMAT = 1  # of what a page holds; to be raised when kernels or policies write other numbers than before
+# decode_* are among them because an answer's pages are its conversation's own.
+_KNOBS_WITHOUT_EFFECT_ON_PAGES = frozenset(
+    "max_model_len prefill_chunk_tokens kv_cache_bytes num_threads store store_bytes decode_attention decode_pages decode_dense_tokens".split()
+)
+_ROW_BY_ROW = ("dense", "adaptive")  # policies whose pages do not depend on the chunk that they were computed in
 
 
 @dataclass
@@ -73,28 +85,23 @@ class _Request:
     on_event: Callable[[Event], None]
     sampler: Sampler
     stops: StopMatcher
+    chain: Chain
     submitted: float
     aborted: threading.Event = field(default_factory=threading.Event)
     cache: SequenceCache | None = None
     cached_tokens: int = 0
+    indexed_tokens: int = 0
     text: str = ""
     detokenizer: object | None = None
     admitted: float = 0.0
     first_token: float = 0.0
     timers: Timers = field(default_factory=Timers)
     fidelity: Fidelity | None = None
+    decode: SparseDecode | None = None
 
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
-
-
-class _Resident(NamedTuple):
-    """The last finished request's whole chunks: the tokens, their pages, and the shares of mass at each chunk's beginning."""
-
-    tokens: list[int]
-    cache: SequenceCache
-    marks: dict[int, Mark]
 
 
 class Plan(NamedTuple):
@@ -141,7 +148,7 @@ class Engine:
             num_key_value_heads=self.model_config.num_key_value_heads,
             head_dim=self.model_config.head_dim,
             dtype=self.decoder.dtype,
-            summaries=self.config.attention != "dense",
+            summaries=self.config.needs_summaries,
             int8=self.config.kv_dtype == "int8",
         )
         kv_bytes = self.config.kv_cache_bytes or int(memory.available_bytes() * KV_SHARE_OF_FREE_MEMORY)
@@ -152,7 +159,13 @@ class Engine:
         self._waiting: deque[_Request] = deque()
         self._prefilling: _Request | None = None
         self._decoding: list[_Request] = []
-        self._resident: _Resident | None = None
+        self.prefixes = PrefixIndex(self.pool)
+        self._identity = self._cache_identity()
+        self.store: PageStore | None = None
+        if self.config.store is not None:
+            facts = {"model": self.model_name, "model_fingerprint": self.model_fingerprint, "engine": self.config.to_dict()}
+            folder, quota = Path(self.config.store).expanduser(), self.config.store_bytes
+            self.store = PageStore(folder, self.pool, identity=self._identity, facts=facts, quota_bytes=quota)
         self._decode_next = False
 
     def _resolve_max_model_len(self) -> int:
@@ -206,6 +219,7 @@ class Engine:
             on_event=on_event,
             sampler=Sampler(sampling),
             stops=StopMatcher(sampling.stop),
+            chain=self._chain(tokens),
             submitted=time.perf_counter(),
         )
         request.detokenizer = self.tokenizer.incremental()
@@ -258,12 +272,14 @@ class Engine:
             request.on_event(Failed(error))
 
     def reset_prefix_cache(self) -> None:
-        """Forget the last request's pages: the next prompt is read from its beginning. Call it from the thread that calls ``step``."""
-        self._evict_resident()
+        """Forget every page that no request holds: the next prompt is read from its beginning. Call it from the thread of ``step``."""
+        self.prefixes.clear()
 
     def close(self) -> None:
         self.fail_all(RequestCancelledError("The engine was closed."))
-        self._evict_resident()
+        self.prefixes.clear()
+        if self.store is not None:
+            self.store.close()
         self.pool.close()
 
     def _plan(self) -> Plan | None:
@@ -286,30 +302,35 @@ class Engine:
             request.admitted = time.perf_counter()
             request.cache = SequenceCache(self.pool)
             return True
-        marks = self._resident.marks if self._resident else {}
-        cache = self._take_resident(request.tokens)
+        grid = 1 if self.config.attention in _ROW_BY_ROW else self.config.prefill_chunk_tokens // PAGE_TOKENS
+        self._load_stored(request)
+        known = self.prefixes.find(request.chain, (request.num_prompt_tokens - 1) // PAGE_TOKENS, grid_pages=grid)
+        cache = SequenceCache(self.pool)
+        cache.adopt(known.slots)
         total = request.num_prompt_tokens + request.max_tokens
-        missing = pages_for(total) - len(cache.slots)
-        if missing > self.pool.num_free:
-            self._evict_resident()
+        missing = pages_for(total) - len(cache.slots) - self.pool.num_free
+        if missing > 0:
+            self.prefixes.evict(missing)
         try:
             cache.reserve(total)
         except InsufficientMemoryError:
             cache.release()
             return False
         request.cache = cache
-        request.cached_tokens = cache.num_tokens
-        request.fidelity = self._fidelity(request, marks)
+        request.cached_tokens = request.indexed_tokens = cache.num_tokens
+        if self.config.attention != "dense":
+            request.fidelity = self.new_fidelity(dense_from=request.num_prompt_tokens - DENSE_TAIL_TOKENS)
+            request.fidelity.resume(known.notes)
+        request.decode = self.new_decode()
         request.admitted = time.perf_counter()
         return True
 
-    def _fidelity(self, request: _Request, marks: dict[int, Mark]) -> Fidelity | None:
-        """What steers and measures a sparse prefill, going on where the cached prefix (``marks``) ended; None for a dense one."""
-        if self.config.attention == "dense":
+    def new_decode(self) -> SparseDecode | None:
+        """What selects and measures for one answer; None where every token reads everything."""
+        if not self.config.decodes_sparsely:
             return None
-        fidelity = self.new_fidelity(dense_from=request.num_prompt_tokens - DENSE_TAIL_TOKENS)
-        fidelity.resume(marks, request.cached_tokens)
-        return fidelity
+        settings = DecodeSettings(most_pages=self.config.decode_pages, dense_pages=self.config.decode_dense_tokens // PAGE_TOKENS)
+        return SparseDecode(settings, num_layers=self.model_config.num_hidden_layers)
 
     def new_fidelity(self, *, dense_from: int) -> Fidelity:
         """What steers and measures one sparse prefill with the engine's settings; rows from ``dense_from`` on read everything."""
@@ -327,21 +348,62 @@ class Engine:
             dense_from=dense_from,
         )
 
-    def _take_resident(self, tokens: list[int]) -> SequenceCache:
-        """A cache holding the longest run of whole chunks that ``tokens`` shares with the resident sequence; at least one token is left."""
-        if self._resident is None:
-            return SequenceCache(self.pool)
-        known, cache, _ = self._resident
-        limit = min(len(tokens) - 1, cache.num_tokens)
-        shared = 0
-        while shared < limit and known[shared] == tokens[shared]:
-            shared += 1
-        return cache.fork(shared - shared % self.config.prefill_chunk_tokens)
+    def _cache_identity(self) -> bytes:
+        """A hash of everything but tokens that keys and values depend on."""
+        knobs = {name: value for name, value in self.config.to_dict().items() if name not in _KNOBS_WITHOUT_EFFECT_ON_PAGES}
+        if self.config.attention not in _ROW_BY_ROW:
+            knobs["prefill_chunk_tokens"] = self.config.prefill_chunk_tokens
+        facts = [PAGE_FORMAT, self.model_fingerprint, knobs, repr(self.decoder.dual_chunk), self.config.needs_summaries]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
-    def _evict_resident(self) -> None:
-        if self._resident is not None:
-            self._resident.cache.release()
-            self._resident = None
+    def _chain(self, tokens: list[int]) -> Chain:
+        """The pages of a prompt by content. Its own begin where its end makes a difference: with a sparse policy at the rows that read
+        everything because they are the last, else at the first token that is not the prompt's."""
+        tail = DENSE_TAIL_TOKENS if self.config.attention != "dense" else 0
+        identity = self._identity
+        if self.model_config.rope.kind == "dynamic":  # the base depends on how long the prompt is
+            identity = hashlib.sha256(identity + len(tokens).to_bytes(8)).digest()
+        return Chain(tokens, identity, own_from=max(0, len(tokens) - tail) // PAGE_TOKENS)
+
+    def _load_stored(self, request: _Request) -> None:
+        """Bring exact pages that go on where the index ends from the store into the index."""
+        store, chain = self.store, request.chain
+        if store is None:
+            return
+        store.collect()
+        most = min((request.num_prompt_tokens - 1) // PAGE_TOKENS, chain.own_from)
+        first = self.prefixes.count_exact(chain, most)
+        count = store.find([chain.key(page) for page in range(first, most)])
+        self.prefixes.evict(count - self.pool.num_free)
+        count = min(count, self.pool.num_free)
+        if count <= 0:
+            return
+        slots = self.pool.allocate(count)
+        keys = [chain.key(page) for page in range(first, first + count)]
+        loaded = store.load(keys, request.tokens[first * PAGE_TOKENS : (first + count) * PAGE_TOKENS], slots)
+        notes = [Note.from_bytes(note) if note else None for note in loaded.notes]
+        self.prefixes.add(chain, slots[: loaded.num_pages], notes, first_page=first)
+        if loaded.num_pages < count:  # a damaged segment is gone, with the sound pages that stood before the damage
+            store.put([self._stored_page(request, first + at, slot, note) for at, (slot, note) in enumerate(zip(slots, notes, strict=False))])
+        self.pool.free(slots)
+
+    def _index(self, request: _Request) -> None:
+        """Offer the pages that are full by now to others, and what any prompt could use to the store."""
+        cache = request.cache
+        assert cache is not None
+        first, last = request.indexed_tokens // PAGE_TOKENS, cache.num_tokens // PAGE_TOKENS
+        notes = [request.fidelity.note(page) if request.fidelity else None for page in range(first, last)]
+        self.prefixes.add(request.chain, cache.slots[first:last], notes, first_page=first)
+        request.indexed_tokens = last * PAGE_TOKENS
+        if self.store is not None:
+            exact = range(first, min(last, request.chain.own_from))
+            self.store.put([self._stored_page(request, page, cache.slots[page], note) for page, note in zip(exact, notes, strict=False)])
+            self.store.collect()
+
+    @staticmethod
+    def _stored_page(request: _Request, page: int, slot: int, note: Note | None) -> StoredPage:
+        tokens = request.tokens[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
+        return StoredPage(request.chain.key(page), tokens, slot, note.to_bytes() if note else b"")
 
     def _guard(self, request: _Request, work: Callable[[_Request], None]) -> None:
         """Run one request's unit; an abort or an error ends that request and no other."""
@@ -368,6 +430,7 @@ class Engine:
             rope_seq_len=request.num_prompt_tokens,
             cancelled=request.aborted.is_set,
             fidelity=request.fidelity if end <= request.num_prompt_tokens else None,
+            decode=request.decode if end > request.num_prompt_tokens else None,
         )
         cache.commit(end)
         return result[0] if result is not None else None
@@ -380,8 +443,10 @@ class Engine:
         grid = self.config.prefill_chunk_tokens
         end = min((start // grid + 1) * grid, request.num_prompt_tokens)
         logits = self._forward(request, start, end, logits=end == request.num_prompt_tokens)
+        self._index(request)
         self._progress(request)
         if logits is not None:
+            self.prefixes.end(request.chain, (end - 1) // PAGE_TOKENS, same=True)
             with self._lock:
                 self._prefilling = None
                 self._decoding.append(request)
@@ -447,30 +512,11 @@ class Engine:
                 density=request.fidelity.density if request.fidelity else 1.0,
                 recall=request.fidelity.recall if request.fidelity else None,
                 recall_p5=request.fidelity.recall_p5 if request.fidelity else None,
+                decode_recall=request.decode.recall if request.decode else None,
             ),
         )
-        self._keep_resident(request)
         self._drop(request)
         request.on_event(Finished(output))
-
-    def _keep_resident(self, request: _Request) -> None:
-        """Keep the finished request's whole chunks for the next one; a shorter leftover replaces a longer one only if it is newer.
-
-        A sparse request's are those before the rows that read everything: where these lie depends on where the prompt ends, and the answer's
-        tokens read everything too.
-        """
-        cache = request.cache
-        if cache is None:
-            return
-        usable = cache.num_tokens
-        if request.fidelity is not None:
-            usable = min(usable, max(0, request.fidelity.dense_from))
-        whole = usable - usable % self.config.prefill_chunk_tokens
-        if whole:
-            kept = cache.fork(whole)
-            self._evict_resident()
-            marks = request.fidelity.marks_up_to(whole) if request.fidelity else {}
-            self._resident = _Resident(request.tokens[:whole], kept, marks)
 
     def _drop(self, request: _Request) -> None:
         with self._lock:
@@ -479,5 +525,9 @@ class Engine:
             if request in self._decoding:
                 self._decoding.remove(request)
         if request.cache is not None:
+            self._index(request)
+            self.prefixes.end(request.chain, request.cache.num_tokens // PAGE_TOKENS)
+            if self.store is not None:
+                self.store.flush()
             request.cache.release()
             request.cache = None

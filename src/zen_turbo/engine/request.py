@@ -57,7 +57,8 @@ class TokenDelta(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RequestMetrics:
-    """Seconds of one request. attend_s and linear_s are the prefill's share of wall time in the attention kernel and the linear layers."""
+    """Seconds of one request. attend_s and linear_s are the prefill's share of wall time in the attention kernel and the linear layers; density
+    and recall are the prefill's, decode_recall is what the answer's tokens kept where it was sampled."""
 
     queue_s: float = 0.0
     ttft_s: float = 0.0
@@ -69,6 +70,7 @@ class RequestMetrics:
     density: float = 1.0
     recall: float | None = None
     recall_p5: float | None = None
+    decode_recall: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

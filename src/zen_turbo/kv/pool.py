@@ -55,6 +55,25 @@ class PagePool:
         """float32 [num_slots, num_key_value_heads, 2, head_dim], or None where they are not kept."""
         return None if self._summaries is None else self._summaries[index]
 
+    def read_slot(self, slot: int) -> bytes:
+        """Everything a slot holds, ``geometry.slot_bytes``: pages of every layer and KV head, then their summaries."""
+        assert self._storage is not None, "the pool is closed"
+        parts = [self._storage[:, slot].numpy()]
+        if self._summaries is not None:
+            parts.append(self._summaries[:, slot].numpy())
+        return b"".join(part.tobytes() for part in parts)
+
+    def write_slot(self, slot: int, content: bytes | bytearray) -> None:
+        """What ``read_slot`` gave, of the same geometry."""
+        assert self._storage is not None, "the pool is closed"
+        assert len(content) == self.geometry.slot_bytes
+        pages = self._storage[:, slot]
+        pages.copy_(torch.frombuffer(content, dtype=torch.uint8, count=pages.numel()).view(pages.shape))
+        if self._summaries is not None:
+            summaries = self._summaries[:, slot]
+            values = torch.frombuffer(content, dtype=torch.float32, count=summaries.numel(), offset=pages.numel())
+            summaries.copy_(values.view(summaries.shape))
+
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` slots, each with one reference. Raises InsufficientMemoryError and takes none if there are too few."""
         if count > self.num_free:
@@ -70,6 +89,10 @@ class PagePool:
         for slot in slots:
             self._references[slot] = 1
         return slots
+
+    def references(self, slot: int) -> int:
+        """How many sequences and indexes hold the slot."""
+        return self._references[slot]
 
     def share(self, slots: Iterable[int]) -> None:
         """Add one reference to each slot, which must be in use."""

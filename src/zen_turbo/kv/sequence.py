@@ -8,6 +8,8 @@ reserved pages is scratch of the chunk being computed and is never read by other
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from zen_turbo.config import PAGE_TOKENS
@@ -52,23 +54,12 @@ class SequenceCache:
         assert self.num_tokens <= num_tokens <= len(self._slots) * PAGE_TOKENS
         self.num_tokens = num_tokens
 
-    def truncate(self, num_tokens: int) -> None:
-        """Forget everything past ``num_tokens``, a multiple of 64, and free its pages."""
-        assert num_tokens % PAGE_TOKENS == 0 and num_tokens <= self.num_tokens
-        keep = num_tokens // PAGE_TOKENS
-        self.pool.free(self._slots[keep:])
-        self._set(self._slots[:keep])
-        self.num_tokens = num_tokens
-
-    def fork(self, num_tokens: int) -> SequenceCache:
-        """A new sequence that shares the first ``num_tokens`` tokens (a multiple of 64, committed) read-only."""
-        assert num_tokens % PAGE_TOKENS == 0 and num_tokens <= self.num_tokens
-        child = SequenceCache(self.pool)
-        shared = self._slots[: num_tokens // PAGE_TOKENS]
-        self.pool.share(shared)
-        child._set(shared)
-        child.num_tokens = num_tokens
-        return child
+    def adopt(self, slots: Sequence[int]) -> None:
+        """Begin with the full pages in ``slots``, which others hold too and which are never written again. Only in an empty sequence."""
+        assert not self._slots
+        self.pool.share(slots)
+        self._set(list(slots))
+        self.num_tokens = len(slots) * PAGE_TOKENS
 
     def release(self) -> None:
         """Drop every page. The sequence is empty afterwards."""

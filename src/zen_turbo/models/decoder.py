@@ -25,7 +25,8 @@ from zen_turbo.attention import dca
 from zen_turbo.attention.attend import Attention, ChunkPlan
 from zen_turbo.attention.blocks import Queries, pages_read
 from zen_turbo.attention.dca import DualChunk
-from zen_turbo.attention.fidelity import Fidelity
+from zen_turbo.attention.decode import SparseDecode
+from zen_turbo.attention.fidelity import Fidelity, Observation
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.errors import RequestCancelledError, UnsupportedModelError
@@ -123,12 +124,13 @@ class Decoder:
         rope_seq_len: int | None = None,
         cancelled: Callable[[], bool] | None = None,
         fidelity: Fidelity | None = None,
+        decode: SparseDecode | None = None,
     ) -> tuple[torch.Tensor | None, ChunkPlan]:
         """Run one chunk (int64 [T]) and store its keys and values at positions first_position and on.
 
         Returns (logits f32 [rows, V] of ``logits_rows``, or None; the plan used). ``cancelled`` is asked before every layer and makes this
         raise RequestCancelledError; what was written by then lies beyond the sequence's committed length and is never read. ``fidelity``
-        makes the prefill sparse; without it everything is read.
+        makes the prefill sparse and ``decode`` a single token; without them everything is read.
         """
         plan = self.attention.plan(first_position, len(token_ids), rope_seq_len=rope_seq_len)
         if fidelity is not None:
@@ -138,7 +140,7 @@ class Decoder:
         for index in range(len(self._layers)):
             if cancelled is not None and cancelled():
                 raise RequestCancelledError("The request was cancelled.")
-            delta = self._layer(index, plan, residual, delta, pages(index), fidelity)
+            delta = self._layer(index, plan, residual, delta, pages(index), fidelity, decode)
         if logits_rows is None:
             return None, plan
         assert delta is not None
@@ -152,6 +154,7 @@ class Decoder:
         delta: torch.Tensor | None,
         kv: PageView,
         fidelity: Fidelity | None,
+        decode: SparseDecode | None,
     ) -> torch.Tensor:
         """One block. residual [T, H] is updated in place; ``delta`` is the previous block's MLP output, added here. Returns this block's."""
         layer, config, rows = self._layers[index], self.config, plan.num_rows
@@ -166,7 +169,10 @@ class Decoder:
             plan, qkv, kv, rotate=layer.rotate, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps
         )
         kv = kv._replace(stored_tokens=plan.first_position + rows)
-        attended = self._attend(index, plan, queries, kv, residual, fidelity)
+        if rows == 1 and decode is not None and layer.window is None:
+            attended = self._attend_token(index, plan, queries, kv, decode)
+        else:
+            attended = self._attend(index, plan, queries, kv, residual, fidelity)
         out = residual.new_empty((rows, config.hidden_size), dtype=self.dtype)
         hidden = residual.new_empty((min(rows, TILE_ROWS), config.intermediate_size), dtype=self.dtype)
         for tile in _tiles(rows):
@@ -198,8 +204,22 @@ class Decoder:
                 exact, lse_full = attention.full_row(plan, queries, kv, row)
                 error = self._head_errors(self._layers[index].out, attended[row].view_as(exact), exact, residual[row])
                 pages = pages_read(lists, block=row // PAGE_TOKENS, num_blocks=-(-plan.num_rows // PAGE_TOKENS), num_heads=len(exact))
-                fidelity.observe_row(index, lse_kept=lse[:, row], lse_full=lse_full, error=error, pages=pages)
+                fidelity.observe_row(
+                    Observation(plan.first_position + row, index, error, pages.float()), lse_kept=lse[:, row], lse_full=lse_full
+                )
             self.timers.select_s += time.perf_counter() - start
+        return attended
+
+    def _attend_token(self, index: int, plan: ChunkPlan, queries: Queries, kv: PageView, decode: SparseDecode) -> torch.Tensor:
+        """One token over the pages that are selected for it, and where recall is sampled over all."""
+        attention, position = self.attention, plan.first_position
+        lists = attention.select_for_token(plan, queries, kv, decode)
+        sampled = decode.is_sparse(position) and decode.samples(position, index)
+        lse = torch.empty((attention.num_heads, 1)) if sampled else None
+        attended = attention.attend(plan, queries, kv, lists, lse=lse)
+        if lse is not None:
+            _, lse_full = attention.full_row(plan, queries, kv, 0)
+            decode.observe(lse_kept=lse[:, 0], lse_full=lse_full)
         return attended
 
     @staticmethod

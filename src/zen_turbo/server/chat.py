@@ -71,7 +71,7 @@ def usage(output: RequestOutput) -> dict[str, Any]:
 def extras(output: RequestOutput) -> dict[str, Any]:
     """Ours, under one key; seconds."""
     metrics = output.metrics
-    names = ("queue_s", "ttft_s", "prefill_s", "decode_s", "attend_s", "linear_s", "select_s", "density", "recall", "recall_p5")
+    names = ("queue_s", "ttft_s", "prefill_s", "decode_s", "attend_s", "linear_s", "select_s", "density", "recall", "recall_p5", "decode_recall")
     return {"zen_turbo": {name: getattr(metrics, name) for name in names}}
 
 

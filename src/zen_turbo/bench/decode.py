@@ -1,0 +1,126 @@
+"""``zen-turbo bench decode``: time per output token against context length, every page read or the pages that matter.
+
+A real text is read once with the engine's prefill policy. At every context length the text's own next tokens are fed one at a time (teacher
+forcing), densely and sparsely from the same pages:
+
+    tpot_ms          median time of one token, output head included; tpot_ratio: over that of the first context
+    recall           attention mass that sparse tokens kept where it was sampled
+    top1_agreement, kl   sparse against dense: the same next token said, and mean divergence in nats
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zen_turbo.bench import corpora
+from zen_turbo.bench.fidelity import compare
+from zen_turbo.bench.prefill import engine_facts
+from zen_turbo.bench.reading import grid, read_chunk
+from zen_turbo.bench.report import GIB, Experiment, Row
+from zen_turbo.bench.text import fingerprint, read_tokens
+from zen_turbo.config import PAGE_TOKENS, EngineConfig
+from zen_turbo.engine.engine import Engine
+from zen_turbo.engine.memory import peak_rss_bytes
+from zen_turbo.errors import ConfigurationError
+from zen_turbo.kv.sequence import SequenceCache
+from zen_turbo.llm import LLM
+
+MODES = ("dense", "sparse")
+COLUMNS = ("context", "attention", "tpot_ms", "tpot_ratio", "recall", "top1_agreement", "kl", "peak_rss_gib")
+
+
+def run(
+    *,
+    model: str,
+    contexts: Sequence[int],
+    modes: Sequence[str],
+    prefill: str,
+    num_tokens: int,
+    text: str,
+    config: EngineConfig,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Measure every context, print the report, return the record. Raises ConfigurationError for what cannot be measured, what fetching texts
+    raises, and the engine's own errors."""
+    contexts = sorted(set(contexts))
+    if not contexts or contexts[0] < PAGE_TOKENS or any(context % PAGE_TOKENS for context in contexts):
+        raise ConfigurationError(f"contexts must be multiples of the page, {PAGE_TOKENS} tokens.", param="contexts")
+    if not modes or set(modes) - set(MODES) or num_tokens < 2:
+        raise ConfigurationError(f"attention must be of {', '.join(MODES)}, and tokens at least 2.", param="attention")
+    source = corpora.path_of(text)
+    settings = {"model": model, "contexts": contexts, "attention": list(modes), "tokens": num_tokens, "text": text}
+    experiment = Experiment("bench", "decode", settings=settings, output=output)
+    engine = LLM(model, config=EngineConfig.from_dict({**config.to_dict(), "attention": prefill, "decode_attention": "sparse"})).engine
+    experiment.settings |= engine_facts(engine)
+    tokens = read_tokens(engine.tokenizer, contexts[-1] + num_tokens, source)
+    state = engine.new_fidelity(dense_from=len(tokens)) if engine.config.attention != "dense" else None
+    cache = SequenceCache(engine.pool)
+    rows: list[Row] = []
+    try:
+        for context in contexts:
+            cache.reserve(context)
+            began = time.perf_counter()
+            for start, end in grid(engine, cache.num_tokens, context):
+                read_chunk(engine, cache, tokens, start, end, fidelity=state)
+                cache.commit(end)
+            experiment.log(f"{context:,} tokens: read on in {time.perf_counter() - began:.0f} s")
+            rows += _at(engine, cache, tokens[: context + num_tokens], modes)
+            experiment.log("; ".join(f"{row['attention']} {row['tpot_ms']:.1f} ms" for row in rows[-len(modes) :]))
+    finally:
+        cache.release()
+    for row in rows:
+        first = next(other for other in rows if other["attention"] == row["attention"])
+        row["tpot_ratio"] = row["tpot_ms"] / first["tpot_ms"]
+    return experiment.finish(rows, columns=COLUMNS, note="Median time of a token; agreement and KL of sparse tokens against dense ones.")
+
+
+def _at(engine: Engine, cache: SequenceCache, tokens: Sequence[int], modes: Sequence[str]) -> list[Row]:
+    """Feed what ``tokens`` has after the cached ones, once per mode."""
+    rows: list[Row] = []
+    logits: dict[str, torch.Tensor] = {}
+    context = cache.num_tokens
+    for mode in sorted(modes):  # dense first: sparse is compared with it
+        decode = engine.new_decode() if mode == "sparse" else None
+        child = SequenceCache(engine.pool)
+        times, parts = [], []
+        try:
+            child.adopt(cache.slots)
+            child.reserve(len(tokens))
+            for position in range(context, len(tokens)):
+                began = time.perf_counter()
+                values, _ = engine.decoder.forward(
+                    torch.tensor(tokens[position : position + 1], dtype=torch.int64),
+                    child.pages,
+                    first_position=position,
+                    logits_rows=slice(0, 1),
+                    rope_seq_len=len(tokens),
+                    decode=decode,
+                )
+                times.append(time.perf_counter() - began)
+                child.commit(position + 1)
+                assert values is not None
+                parts.append(values)
+        finally:
+            child.release()
+        logits[mode] = torch.cat(parts)
+        difference = compare(logits["dense"], logits["sparse"]) if mode == "sparse" and "dense" in logits else None
+        rows.append(
+            {
+                "context": context,
+                "attention": mode,
+                "tpot_ms": 1e3 * statistics.median(times[1:]),  # the first one finds cold caches
+                "tpot_p95_ms": 1e3 * sorted(times[1:])[int(0.95 * (len(times) - 1))],
+                "recall": decode.recall if decode else None,
+                "top1_agreement": difference.top1_agreement if difference else None,
+                "kl": difference.kl if difference else None,
+                "peak_rss_gib": peak_rss_bytes() / GIB,
+                "prompt_sha256": fingerprint(tokens),
+            }
+        )
+    return rows

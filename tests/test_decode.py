@@ -1,0 +1,79 @@
+"""Sparse decode: all pages selected is dense, and what is left out is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from zen_turbo import LLM
+from zen_turbo.attention.decode import SAMPLE_EVERY, DecodeSettings, SparseDecode
+from zen_turbo.engine.request import RequestOutput, SamplingParams
+from zen_turbo.errors import ConfigurationError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+PROMPT = tiny.tokens(1500)
+
+
+def answer(folder: Path, **knobs: Any) -> RequestOutput:
+    settings: dict[str, Any] = {"prefill_chunk_tokens": 128, "kv_cache_bytes": 32 << 20, "max_model_len": 4096, "decode_dense_tokens": 256}
+    llm = LLM(folder, **{**settings, **knobs})
+    try:
+        return llm.generate(PROMPT, GREEDY)
+    finally:
+        llm.engine.close()
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_pages_are_dense_token_for_token(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, kv_dtype: str) -> None:
+    """1,500 tokens are four spans of Dual Chunk Attention, and the answer crosses pages."""
+    settings = DecodeSettings(mass=1.0, most_pages=1000)
+    monkeypatch.setattr("zen_turbo.engine.engine.DecodeSettings", lambda **knobs: settings)
+    dense = answer(tiny_folder, dtype=dtype, kv_dtype=kv_dtype)
+    sparse = answer(tiny_folder, dtype=dtype, kv_dtype=kv_dtype, decode_attention="sparse")
+    assert sparse.token_ids == dense.token_ids
+    assert dense.metrics.decode_recall is None
+
+
+def test_a_small_budget_is_kept_and_its_recall_said(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    select = SparseDecode.select
+
+    def spy(self: SparseDecode, *args: Any, **kwargs: Any) -> Any:
+        lists = select(self, *args, **kwargs)
+        counts.extend(lists.offsets.diff().tolist())
+        return lists
+
+    monkeypatch.setattr(SparseDecode, "select", spy)
+    sparse = answer(tiny_folder, decode_attention="sparse", decode_pages=3)
+    assert counts and max(counts) == 1 + 8 + 1 + 3  # sink, recent, the token's own, the budget
+    assert sparse.metrics.decode_recall is not None and 0.3 < sparse.metrics.decode_recall < 0.999
+    assert sparse.metrics.recall is None and sparse.metrics.density == 1, "the prefill was dense"
+
+
+def test_a_short_context_is_read_whole(tiny_folder: Path) -> None:
+    dense, sparse = answer(tiny_folder), answer(tiny_folder, decode_attention="sparse", decode_pages=1, decode_dense_tokens=1600)
+    assert sparse.token_ids == dense.token_ids
+    assert sparse.metrics.decode_recall is None, "nothing was left out"
+
+
+def test_a_sparse_prefill_decodes_sparsely_unless_told_otherwise(tiny_folder: Path) -> None:
+    knobs = {"attention": "adaptive", "dense_tokens": 256, "decode_pages": 2}
+    assert answer(tiny_folder, **knobs).metrics.decode_recall is not None
+    assert answer(tiny_folder, **knobs, decode_attention="dense").metrics.decode_recall is None
+    with pytest.raises(ConfigurationError, match="decode_pages"):
+        answer(tiny_folder, decode_pages=0)
+    with pytest.raises(ConfigurationError, match="decode_dense_tokens"):
+        answer(tiny_folder, decode_dense_tokens=-1)
+
+
+def test_every_layer_has_its_turn_to_be_sampled() -> None:
+    state = SparseDecode(DecodeSettings(), num_layers=3)
+    turns = [[layer for layer in range(3) if state.samples(position, layer)] for position in range(0, SAMPLE_EVERY * 6)]
+    assert [turn for turn in turns if turn] == [[0], [1], [2], [0], [1], [2]]
+    state.observe(lse_kept=torch.tensor([-0.1, 0.0]), lse_full=torch.tensor([0.0, 0.0]))
+    assert state.recall == pytest.approx((1 + torch.tensor(-0.1).exp().item()) / 2)
