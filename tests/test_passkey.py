@@ -203,7 +203,8 @@ class Answers:
 
 def evaluate(path: Path | None, answers: Answers, cells: list[Cell], key: dict[str, object] | None = None) -> list[dict[str, object]]:
     with Journal(path, key or {"model": "m"}, Cell._fields, commit="c1") as journal:
-        return passkey.evaluate(cells, lambda cell: build(answers.tokenizer, *cell), answers, journal=journal, facts={"attention": "dense"})
+        facts = {"attention": "dense"}
+        return passkey.evaluate(cells, lambda cell: build(answers.tokenizer, *cell), answers, journal=journal, facts=lambda output: facts)
 
 
 def test_rows() -> None:

@@ -89,12 +89,6 @@ class Chunk:
             keys[-1] = unpack(self.kv.open_page[kv_head, : count * dtype.itemsize].view(dtype))[0]
         return keys.view(-1, head_dim)
 
-    def mean_keys(self, kv_head: int) -> torch.Tensor:
-        """Mean key of each page before the first row's, float32 [first_block, head_dim], and of the run's own pages that are full."""
-        assert self.kv.summaries is not None
-        full = (self.first_position + self.num_rows) // PAGE_TOKENS
-        return self.kv.summaries[self.kv.page_table[:full].long(), kv_head, 0]
-
     def variant_runs(self, block: int, count: int) -> Iterator[tuple[int, int, int]]:
         """(variant, first page, end page): what the rows of a query block use for pages [0, count)."""
         if self.span_pages is None:

@@ -95,6 +95,10 @@ class CostModel:
         self._predicted_s = 0.0
         self._measured_s = 0.0
 
+    def linear_floor_s(self, output: RequestOutput) -> float:
+        """What the linear layers alone need for the tokens that were read, at the GEMM rate measured when this began."""
+        return linear_flops(self._engine, output.prompt_tokens - output.cached_tokens) / self._flops_per_s
+
     def _raw_s(self, length: int, cached_tokens: int) -> float:
         linear = linear_flops(self._engine, length - cached_tokens)
         return (linear + attention_flops(self._engine, length, cached_tokens=cached_tokens)) / self._flops_per_s
@@ -114,7 +118,7 @@ def evaluate(
     generate: Callable[[list[int]], RequestOutput],
     *,
     journal: Journal,
-    facts: Row,
+    facts: Callable[[RequestOutput], Row],
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Answer every cell that the journal does not hold yet; rows of all cells in the order of the plan. ``facts`` joins every row. Errors of
@@ -124,7 +128,8 @@ def evaluate(
         row = journal.get(tuple(cell))
         if row is None:
             prompt = make(cell)
-            row = tidy(row_of(cell, prompt, generate(prompt.token_ids)) | facts)
+            output = generate(prompt.token_ids)
+            row = tidy(row_of(cell, prompt, output) | facts(output))
             journal.add(row)
             on_row(row)
         rows.append(row)
@@ -282,7 +287,9 @@ def _run_cells(experiment: Experiment, llm: LLM, cells: Sequence[Cell], journal:
             f"{row['ttft_s']:.1f} s ({row['cached_tokens']} tokens cached); {duration(left)} left"
         )
 
-    facts = {"attention": engine.config.attention, "preset": preset_of(engine)}
+    def facts(output: RequestOutput) -> Row:
+        return {"attention": engine.config.attention, "preset": preset_of(engine), "linear_floor_s": cost.linear_floor_s(output)}
+
     return evaluate(cells, make, generate, journal=journal, facts=facts, on_row=on_row)
 
 
