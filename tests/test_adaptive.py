@@ -66,7 +66,7 @@ def same(first: tuple[RequestOutput, list[torch.Tensor]], second: tuple[RequestO
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many windows within a short prompt, and a preset that leaves out what even a random model has little of."""
     monkeypatch.setattr(fidelity, "WINDOW_TOKENS", 512)
-    rough = dataclasses.replace(adaptive.PRESETS["turbo"], price=1e-3, mass=(0.6, 0.7), local_pages=1)
+    rough = dataclasses.replace(adaptive.PRESETS["turbo"], price=1e-3, mass=(0.6, 0.7), most_pages=None, local_pages=1)
     monkeypatch.setitem(adaptive.PRESETS, "turbo", rough)
 
 
@@ -269,6 +269,24 @@ def test_the_error_of_a_head_is_what_it_does_to_the_residual_stream(bias: bool) 
     for head in range(3):
         change = weight[:, head * 64 : (head + 1) * 64] @ (found - exact)[head]
         assert float(errors[head]) == pytest.approx(float(change.square().sum() / stream.square().sum()), rel=1e-4)
+
+
+def test_a_preset_may_bound_the_pages_of_a_block(tiny_folder: Path, small_windows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers, two bounds: no block of the sparse rows reads more than sinks, local pages, its own and the bound."""
+    bounded = dataclasses.replace(adaptive.PRESETS["turbo"], mass=(0.9, 0.99), most_pages=(2, 5))
+    monkeypatch.setitem(adaptive.PRESETS, "turbo", bounded)
+    most: dict[int, int] = {0: 0, 1: 0}
+    select = Fidelity.select
+
+    def spy(self: Fidelity, chunk: blocks.Chunk, layer: int) -> Any:
+        lists = select(self, chunk, layer)
+        counts = lists.offsets.diff().view(-1, chunk.num_blocks)[:, list(chunk.sparse_blocks)]
+        most[layer] = max(most[layer], int(counts.max()))
+        return lists
+
+    monkeypatch.setattr(Fidelity, "select", spy)
+    make(tiny_folder).generate(tiny.tokens(LENGTH), GREEDY)
+    assert most == {0: 1 + 1 + 1 + 2, 1: 1 + 1 + 1 + 5}
 
 
 def test_presets_pay_less_for_more() -> None:

@@ -117,7 +117,7 @@ class Fidelity:
     def select(self, chunk: Chunk, layer: int) -> BlockLists:
         """The policy's lists for one layer of a chunk."""
         if isinstance(self._policy, AdaptiveSettings):
-            return adaptive.select(chunk, self.mass(layer), self._policy)
+            return adaptive.select(chunk, layer, len(self._left_out), self.mass(layer), self._policy)
         return self._policy(chunk, layer)
 
     def begin_chunk(self, first_position: int) -> None:

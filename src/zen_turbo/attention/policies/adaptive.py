@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from zen_turbo.attention.blocks import Chunk
 
 if TYPE_CHECKING:
     from zen_turbo.kernels import BlockLists
+
+_T = TypeVar("_T")
 
 # How pages depend on the share left out, and errors on pages, near a working point: pages ~ left_out^-_PAGES, error ~ pages^-_ERROR. Measured
 # roughly on source code at 16K to 64K; they set how far one correction goes, not where corrections end.
@@ -39,11 +41,13 @@ _ERROR = 1.5
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSettings:
     """``mass``: share of estimated mass that a head keeps at least, for the layers of each quarter (or other equal part) of the depth.
-    ``price``: relative squared output error per page above which a head keeps more, up to ``most_mass``. ``sample_rows``: rows of a query
-    block that are scored."""
+    ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
+    a token, so that a preset that has it reads any length in linear time. ``price``: relative squared output error per page above which a head
+    keeps more, up to ``most_mass``. ``sample_rows``: rows of a query block that are scored."""
 
     mass: tuple[float, ...]
     price: float
+    most_pages: tuple[int, ...] | None = None
     most_mass: float = 0.9995
     sink_pages: int = 1
     local_pages: int = 4
@@ -51,7 +55,7 @@ class AdaptiveSettings:
 
 
 PRESETS = {
-    "turbo": AdaptiveSettings(mass=(0.50, 0.70, 0.93, 0.60), price=1e-4, sample_rows=4),
+    "turbo": AdaptiveSettings(mass=(0.50, 0.70, 0.93, 0.60), most_pages=(48, 48, 128, 48), price=1e-4, sample_rows=4),
     "balanced": AdaptiveSettings(mass=(0.70, 0.90, 0.97, 0.80), price=1e-5),
     "faithful": AdaptiveSettings(mass=(0.90, 0.97, 0.99, 0.95), price=1e-6),
 }
@@ -63,17 +67,26 @@ def settings_of(preset: str, mass: float | None) -> AdaptiveSettings:
     return settings if mass is None else dataclasses.replace(settings, mass=(mass,), price=math.inf)
 
 
-def select(chunk: Chunk, mass: torch.Tensor, settings: AdaptiveSettings) -> BlockLists:
-    """Lists for every head; mass: float32 [heads]."""
+def select(chunk: Chunk, layer: int, num_layers: int, mass: torch.Tensor, settings: AdaptiveSettings) -> BlockLists:
+    """Lists for every head of a layer; mass: float32 [heads]."""
     return blocks.select_by_mass(
-        chunk, mass, sink_pages=settings.sink_pages, local_pages=settings.local_pages, sample_rows=settings.sample_rows
+        chunk,
+        mass,
+        sink_pages=settings.sink_pages,
+        local_pages=settings.local_pages,
+        most_pages=None if settings.most_pages is None else of_depth(settings.most_pages, layer, num_layers),
+        sample_rows=settings.sample_rows,
     )
+
+
+def of_depth(values: tuple[_T, ...], layer: int, num_layers: int) -> _T:
+    """The value for the part of the depth that a layer lies in."""
+    return values[layer * len(values) // num_layers]
 
 
 def starting_share(num_layers: int, num_heads: int, settings: AdaptiveSettings) -> torch.Tensor:
     """Share of estimated mass to leave out before anything was sampled, float32 [layers, heads]."""
-    parts = len(settings.mass)
-    shares = [1 - settings.mass[layer * parts // num_layers] for layer in range(num_layers)]
+    shares = [1 - of_depth(settings.mass, layer, num_layers) for layer in range(num_layers)]
     return torch.tensor(shares)[:, None].expand(num_layers, num_heads).clone()
 
 
