@@ -207,11 +207,17 @@ def results_table() -> str:
     identical = sum(row["verdict"] == "identical" for row in greedy)
     at_8k = next(row for row in prefill if row["length"] == 8192)
     machine = read_json(ROOT / "results" / "prefill_dense.json")["machine"]
+    (balanced,) = rows("fidelity_32k_code_balanced.json")
     lines = [
         (
             f"Passkey found in prompts of 4K to {longest} tokens (the model was trained on 32K)",
             f"{found} of {len(passkey)}",
             "passkey_dense*.json",
+        ),
+        (
+            f"Sparse prefill (preset balanced) of {balanced['length']:,} tokens of code: block pairs read, same next token as dense, KL to dense",
+            f"{balanced['density']:.0%}, {balanced['top1_agreement']:.1%}, {balanced['kl']:.4f}",
+            "fidelity_32k_code_balanced.json",
         ),
         (
             f"Time to first token against llama.cpp's best setting, {joined([length_text(row['length']) for row in peers])} tokens",

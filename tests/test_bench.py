@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from zen_turbo.bench import attention, fidelity, gemm, marginal, prefill, report, text
+from zen_turbo.cli import app
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.request import RequestMetrics, RequestOutput
 from zen_turbo.errors import ConfigurationError, DocumentError, DocumentNotFoundError
@@ -287,7 +288,17 @@ def test_impossible_prefill_is_refused_before_loading(lengths: list[int], repeat
     assert caught.value.param == param
 
 
-# Peers
+# Scripts
+
+
+def test_long_measurements_are_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """Parsed, not run: a flag that went away shows here and not after an hour."""
+    found = load_script("measure.py").measurements()
+    assert len(found) > 30
+    for name, measurement in found.items():
+        with pytest.raises(SystemExit) as caught:
+            app(args=[*measurement.command, "--output", f"{name}.json", "--help"], prog_name="zen-turbo")
+        assert caught.value.code == 0, (name, capsys.readouterr().err)
 
 
 def load_script(name: str) -> ModuleType:

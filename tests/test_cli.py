@@ -271,7 +271,7 @@ def test_bench_decode(run: Any, tiny_folder: Path) -> None:
     assert 0 < long["recall"] < 1 and long["kl"] > 0
     expect_record(record)
     expect_mistake(run(*arguments, "--contexts", "100"), "invalid_configuration", "64")
-    expect_mistake(run(*arguments, "--contexts", "128", "--attention", "fast"), "invalid_configuration", "dense, sparse")
+    expect_mistake(run(*arguments, "--contexts", "128", "--attention", "fast"), "invalid_configuration", "dense, sparse, snapkv")
 
 
 def test_bench_reuse(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
@@ -305,6 +305,12 @@ def test_eval_passkey(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     resumed = run(*arguments)
     assert resumed.record["resumed"]["rows"] == 2
     assert resumed.record["rows"] == record["rows"]
+    # On another day: the journal is gone, the record is there; the grid grows, and other settings share nothing.
+    output.with_name(output.name + ".rows.jsonl").unlink()
+    grown = run(*(str(argument).replace("2", "3") if argument == "2" else argument for argument in arguments)).record
+    assert (grown["resumed"]["rows"], grown["total"]) == (2, 3)
+    output.with_name(output.name + ".rows.jsonl").unlink()
+    assert run(*arguments, "--attention", "adaptive").record["resumed"]["rows"] == 0
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "0/1" in output.with_suffix(".html").read_text()
     assert run("eval", "heat-map", output, output, "--html", tmp_path / "both.html").status == 0

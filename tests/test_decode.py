@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from zen_turbo import LLM
-from zen_turbo.attention.decode import SAMPLE_EVERY, DecodeSettings, SparseDecode
+from zen_turbo.attention.decode import SAMPLE_EVERY, DecodeSettings, SnapDecode, SparseDecode
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.errors import ConfigurationError
 
@@ -34,23 +34,27 @@ def test_all_pages_are_dense_token_for_token(tiny_folder: Path, monkeypatch: pyt
     settings = DecodeSettings(mass=1.0, most_pages=1000)
     monkeypatch.setattr("zen_turbo.engine.engine.DecodeSettings", lambda **knobs: settings)
     dense = answer(tiny_folder, dtype=dtype, kv_dtype=kv_dtype)
-    sparse = answer(tiny_folder, dtype=dtype, kv_dtype=kv_dtype, decode_attention="sparse")
-    assert sparse.token_ids == dense.token_ids
+    for policy in ("sparse", "snapkv"):
+        assert answer(tiny_folder, dtype=dtype, kv_dtype=kv_dtype, decode_attention=policy).token_ids == dense.token_ids
     assert dense.metrics.decode_recall is None
 
 
-def test_a_small_budget_is_kept_and_its_recall_said(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("policy", "kind", "most"), [("sparse", SparseDecode, 1 + 8 + 1 + 3), ("snapkv", SnapDecode, 1 + 8 + 2 + 3)])
+def test_a_small_budget_is_kept_and_its_recall_said(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str, kind: type[SparseDecode], most: int
+) -> None:
+    """Sink, recent, the token's own (and with snapkv all since the prompt's last eight), the budget."""
     counts: list[int] = []
-    select = SparseDecode.select
+    select = kind.select
 
     def spy(self: SparseDecode, *args: Any, **kwargs: Any) -> Any:
         lists = select(self, *args, **kwargs)
         counts.extend(lists.offsets.diff().tolist())
         return lists
 
-    monkeypatch.setattr(SparseDecode, "select", spy)
-    sparse = answer(tiny_folder, decode_attention="sparse", decode_pages=3)
-    assert counts and max(counts) == 1 + 8 + 1 + 3  # sink, recent, the token's own, the budget
+    monkeypatch.setattr(kind, "select", spy)
+    sparse = answer(tiny_folder, decode_attention=policy, decode_pages=3)
+    assert counts and most - 1 <= max(counts) <= most
     assert sparse.metrics.decode_recall is not None and 0.3 < sparse.metrics.decode_recall < 0.999
     assert sparse.metrics.recall is None and sparse.metrics.density == 1, "the prefill was dense"
 
@@ -72,7 +76,7 @@ def test_a_sparse_prefill_decodes_sparsely_unless_told_otherwise(tiny_folder: Pa
 
 
 def test_every_layer_has_its_turn_to_be_sampled() -> None:
-    state = SparseDecode(DecodeSettings(), num_layers=3)
+    state = SparseDecode(DecodeSettings(), num_layers=3, prompt_tokens=10)
     turns = [[layer for layer in range(3) if state.samples(position, layer)] for position in range(0, SAMPLE_EVERY * 6)]
     assert [turn for turn in turns if turn] == [[0], [1], [2], [0], [1], [2]]
     state.observe(lse_kept=torch.tensor([-0.1, 0.0]), lse_full=torch.tensor([0.0, 0.0]))

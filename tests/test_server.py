@@ -83,6 +83,30 @@ def test_models(client: openai.OpenAI, url: str) -> None:
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
 
 
+def test_texts_become_tokens_and_back(client: openai.OpenAI, url: str, engine: Engine) -> None:
+    def post(path: str, **body: Any) -> httpx.Response:
+        return httpx.post(url + path, json=body)
+
+    found = post("/tokenize", model=NAME, prompt="The grass <|im_end|>", return_token_strs=True).json()
+    assert found["tokens"] == engine.tokenizer.encode("The grass <|im_end|>", add_special_tokens=True)
+    assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), 4096)
+    assert len(found["token_strs"]) == found["count"]
+    assert post("/detokenize", tokens=found["tokens"]).json() == {"prompt": "The grass <|im_end|>"}
+    prompt_tokens = chat(client).usage.prompt_tokens
+    assert post("/tokenize", messages=HELLO).json()["count"] == prompt_tokens
+    assert post("/v1/chat/completions/input_tokens", model=NAME, messages=HELLO).json() == {"input_tokens": prompt_tokens}
+    for path, body, status, param in (
+        ("/tokenize", {"prompt": "a", "messages": HELLO}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
+        ("/detokenize", {"tokens": [1 << 40]}, 400, "tokens"),
+        ("/detokenize", {"tokens": "many"}, 400, "tokens"),
+        ("/v1/chat/completions/input_tokens", {"messages": 3}, 400, "messages"),
+    ):
+        answer = post(path, **body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+    assert httpx.get(f"{url}/version").json()["version"]
+
+
 def test_an_answer_is_the_engines(client: openai.OpenAI, tiny_folder: Path) -> None:
     llm = LLM(tiny_folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=4096)
     expected = llm.chat(HELLO, SamplingParams(temperature=0.0, max_tokens=8))

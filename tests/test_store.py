@@ -23,6 +23,7 @@ import torch
 from zen_turbo import LLM
 from zen_turbo.attention.fidelity import Note, Observation
 from zen_turbo.engine.request import RequestOutput, SamplingParams
+from zen_turbo.errors import InsufficientMemoryError
 from zen_turbo.kv import store as store_module
 from zen_turbo.kv.geometry import PageGeometry
 from zen_turbo.kv.pool import PagePool
@@ -294,9 +295,25 @@ def test_damage_is_recomputed(tiny_folder: Path, tmp_path: Path) -> None:
     assert (again.token_ids, again.cached_tokens) == (cold.token_ids, 896)
 
 
+SLOT_BYTES = 64 * 2 * 2 * 2 * 64 * 2  # of the tiny model in bfloat16
+
+
 def test_memory_that_is_short_takes_what_fits(tiny_folder: Path, tmp_path: Path) -> None:
     prompt = tiny.tokens(900)
     cold = ask(tiny_folder, tmp_path, prompt)
-    slot_bytes = 64 * 2 * 2 * 2 * 64 * 2  # of the tiny model in bfloat16
-    tight = ask(tiny_folder, tmp_path, prompt, kv_cache_bytes=slot_bytes * 15)
+    tight = ask(tiny_folder, tmp_path, prompt, kv_cache_bytes=SLOT_BYTES * 15, max_model_len=950)
     assert (tight.token_ids, tight.cached_tokens) == (cold.token_ids, 896)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"attention": "adaptive", "kv_dtype": "int8"}])
+def test_a_request_may_exceed_memory(tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, knobs: dict[str, Any]) -> None:
+    """Pages lie in a file without a name then, which goes with the engine; where that cannot be, the limit is what memory holds."""
+    prompt = tiny.tokens(1500)
+    cold = ask(tiny_folder, tmp_path / "one", prompt, **knobs)
+    large = ask(tiny_folder, tmp_path / "two", prompt, kv_cache_bytes=SLOT_BYTES * 5, **knobs)
+    assert large.token_ids == cold.token_ids
+    assert {path.suffix for path in (tmp_path / "two").rglob("*") if path.is_file()} == {".json", ".pages", ".manifest"}
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InsufficientMemoryError):
+        ask(tiny_folder, tmp_path / "file", prompt, kv_cache_bytes=SLOT_BYTES * 5, **knobs)
+    assert "stay in memory" in caplog.text

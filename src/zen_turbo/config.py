@@ -13,7 +13,7 @@ from typing import Any
 from zen_turbo.errors import ConfigurationError
 
 ATTENTION_POLICIES = ("dense", "adaptive", "minference", "flexprefill", "xattention", "tri_shape")
-DECODE_POLICIES = ("auto", "dense", "sparse")
+DECODE_POLICIES = ("auto", "dense", "sparse", "snapkv")
 KV_DTYPES = ("auto", "int8")
 PRESETS = ("turbo", "balanced", "faithful")
 DTYPES = ("bfloat16", "float32")
@@ -42,7 +42,8 @@ class EngineConfig:
     dense_tokens: int = _knob(4096, "Chunks that end within so many tokens of the prompt's beginning are read densely by every policy.")
     decode_attention: str = _knob(
         "auto",
-        "What each token of an answer reads: all pages (dense), the pages that matter to it (sparse), or auto: sparse after a sparse prefill.",
+        "What each token of an answer reads: all pages (dense), the pages that matter to it (sparse), the pages that mattered to the prompt's end "
+        "(snapkv), or auto: sparse after a sparse prefill.",
         choices=DECODE_POLICIES,
     )
     decode_pages: int = _knob(256, "Most pages, per layer and KV head, that a token of an answer reads with sparse decode, beside the recent ones.")
@@ -59,8 +60,11 @@ class EngineConfig:
     dtype: str = _knob("bfloat16", "Type of weights, activations and KV pages.", choices=DTYPES)
     kv_dtype: str = _knob("auto", "Type of the KV pages: auto (as dtype) or int8, half the memory of bfloat16.", choices=KV_DTYPES)
     kv_cache_bytes: int | None = _knob(None, "Most memory the KV pages may take, in bytes. Default: 85 % of the memory free after loading.")
-    store: str | None = _knob(None, "Folder in which computed pages are kept beyond the process, for any number of processes. Default: none are.")
-    store_bytes: int = _knob(32 << 30, "Most bytes that the store may take on disk; what was used least recently is deleted first.")
+    store: str | None = _knob(
+        None,
+        "Folder in which computed pages are kept beyond the process, for any number of them; a request may then exceed memory. Default: none.",
+    )
+    store_bytes: int = _knob(32 << 30, "Most bytes that the store may take; what was used least recently is deleted first.")
     num_threads: int | None = _knob(None, "Compute threads. Default: the CPUs this process may use.")
     dca_chunk_size: int | None = _knob(None, "DCA chunk_size in tokens. Default: the checkpoint's own, else the trained window.")
     dca_local_size: int | None = _knob(None, "DCA local_size in tokens. Default: the checkpoint's own, else a quarter of chunk_size.")
@@ -91,13 +95,16 @@ class EngineConfig:
                 raise ConfigurationError(f"{name} must be positive, not {value}.", param=name)
 
     @property
-    def decodes_sparsely(self) -> bool:
-        return self.decode_attention == "sparse" or (self.decode_attention == "auto" and self.attention != "dense")
+    def decode_policy(self) -> str:
+        """``decode_attention`` with auto resolved."""
+        if self.decode_attention != "auto":
+            return self.decode_attention
+        return "dense" if self.attention == "dense" else "sparse"
 
     @property
     def needs_summaries(self) -> bool:
         """Whether a mean key and mean value is kept with every page."""
-        return self.attention != "dense" or self.decodes_sparsely
+        return self.attention != "dense" or self.decode_policy != "dense"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:

@@ -17,7 +17,7 @@ from zen_turbo import kernels
 from zen_turbo.attention import blocks, dca
 from zen_turbo.attention.blocks import Chunk, Queries
 from zen_turbo.attention.dca import DualChunk
-from zen_turbo.attention.decode import SparseDecode
+from zen_turbo.attention.decode import OBSERVED_ROWS, SparseDecode
 from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import PAGE_TOKENS
@@ -177,24 +177,31 @@ class Attention:
             return self._dense_lists(plan.first_position, plan.num_rows, window)
         if fidelity is None or not plan.is_sparse(fidelity):
             return plan.lists
-        chunk = Chunk(
-            queries=queries,
+        return fidelity.select(self._chunk(plan, queries, kv, plan.sparse_blocks(fidelity)), layer)
+
+    def _chunk(self, plan: ChunkPlan, queries: Queries, kv: PageView, sparse_blocks: range, *, first_row: int = 0) -> Chunk:
+        """Rows ``first_row`` and on of a planned chunk, as policies see them."""
+        first, second, third = (query[first_row:] if query is not None and len(query) > 1 else query for query in queries)
+        return Chunk(
+            queries=(first, second, third),
             kv=kv,
-            first_position=plan.first_position,
+            first_position=plan.first_position + first_row,
             scale=self.scale,
             span_pages=self.span_pages,
-            logit_factor=plan.logit_factor,
-            sparse_blocks=plan.sparse_blocks(fidelity),
+            logit_factor=plan.logit_factor[first_row:] if plan.logit_factor is not None else None,
+            sparse_blocks=sparse_blocks,
         )
-        return fidelity.select(chunk, layer)
 
-    def select_for_token(self, plan: ChunkPlan, queries: Queries, kv: PageView, decode: SparseDecode) -> BlockLists:
+    def select_for_token(self, plan: ChunkPlan, queries: Queries, kv: PageView, decode: SparseDecode, layer: int) -> BlockLists:
         """The pages that the one row of ``plan`` reads in this layer."""
         if not decode.is_sparse(plan.first_position):
             return plan.lists
-        return decode.select(
-            queries, kv, position=plan.first_position, scale=self.scale, span_pages=self.span_pages, logit_factor=plan.logit_factor
-        )
+        return decode.select(self._chunk(plan, queries, kv, range(1)), layer)
+
+    def show_prompt_end(self, plan: ChunkPlan, queries: Queries, kv: PageView, decode: SparseDecode, layer: int) -> None:
+        """Let ``decode`` see the last rows of a prompt that ends with this chunk."""
+        first_row = max(0, plan.num_rows - OBSERVED_ROWS) // PAGE_TOKENS * PAGE_TOKENS
+        decode.observe_prompt(self._chunk(plan, queries, kv, range(0), first_row=first_row), layer)
 
     def _dense_lists(self, first_position: int, num_rows: int, window: int | None = None) -> BlockLists:
         return blocks.dense_lists(

@@ -1,8 +1,12 @@
 """Sparse decode: which pages one new token reads, so that an answer streams as fast after a million tokens as after a few thousand.
 
-A token's query scores the mean key of every page (``csrc/select.inl``), its heads of one KV head together, because a page is read once for all
-of them. Kept are sinks, recent pages, and the pages of largest estimated mass until they hold ``mass`` of it, at most ``most_pages``: reading a
-token costs the weights, the means and that many pages, whatever lies behind it. Up to ``dense_pages`` everything is read.
+Two ways, of one shape: sinks, recent pages, and at most ``most_pages`` others for each KV head, because a page is read once for all query heads
+of a group. Up to ``dense_pages`` everything is read.
+
+    SparseDecode   every token scores the mean key of every page with its own query (``csrc/select.inl``) and takes the pages of largest estimated
+                   mass until they hold ``mass`` of it
+    SnapDecode     the prompt's last ``OBSERVED_ROWS`` rows choose once, and every token of the answer reads what they looked at (SnapKV,
+                   2404.14469, with pages in place of pooled keys): a token costs no scoring, and cannot look for anything else
 
 What was kept is measured as in the prefill: one layer of every ``SAMPLE_EVERY``-th token computes its exact log-sum-exp too, which costs one
 layer's keys and values, and layers take turns.
@@ -14,12 +18,13 @@ from dataclasses import dataclass
 
 import torch
 
-from zen_turbo.attention.blocks import Queries, from_bits
+from zen_turbo.attention.blocks import Chunk, from_bits, pack_bits
 from zen_turbo.attention.fidelity import recall_of
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.kernels import BlockLists, PageView, select_pages
+from zen_turbo.kernels import BlockLists, select_pages
 
 SAMPLE_EVERY = 16
+OBSERVED_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,44 +37,39 @@ class DecodeSettings:
 
 
 class SparseDecode:
-    """Selection and telemetry of one request's answer."""
+    """Selection and telemetry of one request's answer. prompt_tokens: where the answer begins."""
 
-    def __init__(self, settings: DecodeSettings, *, num_layers: int) -> None:
+    def __init__(self, settings: DecodeSettings, *, num_layers: int, prompt_tokens: int) -> None:
         self.settings = settings
+        self.prompt_tokens = prompt_tokens
         self._num_layers = num_layers
         self._recalls: list[torch.Tensor] = []  # [heads] each
 
     def is_sparse(self, position: int) -> bool:
-        return position // PAGE_TOKENS > self.settings.dense_pages
+        """Whether the token at ``position`` may leave pages out."""
+        return position >= self.prompt_tokens and position // PAGE_TOKENS > self.settings.dense_pages
 
-    def select(
-        self,
-        queries: Queries,
-        kv: PageView,
-        *,
-        position: int,
-        scale: float,
-        span_pages: int | None,
-        logit_factor: torch.Tensor | None,
-    ) -> BlockLists:
-        """The pages that the token at ``position`` reads, one list per KV head. queries: [1, heads, head_dim] each."""
-        settings, kv_heads = self.settings, kv.pages.shape[1]
-        assert queries[0] is not None
+    def observe_prompt(self, token: Chunk, layer: int) -> None:
+        """The prompt's last rows, whole query blocks of them, in the layer in which they attend. Not needed here."""
+
+    def select(self, token: Chunk, layer: int) -> BlockLists:
+        """The pages that ``token``, a chunk of one row at any position, reads: one list per KV head."""
+        settings, kv_heads = self.settings, token.kv.pages.shape[1]
         chosen = select_pages(
-            queries,
-            kv,
+            token.queries,
+            token.kv,
             torch.full((kv_heads,), settings.mass),
-            first_position=position,
-            scale=scale,
-            span_pages=span_pages,
+            first_position=token.first_position,
+            scale=token.scale,
+            span_pages=token.span_pages,
             sink_pages=settings.sink_pages,
             local_pages=settings.local_pages,
             most_pages=settings.most_pages,
             sample_rows=1,
-            logit_factor=logit_factor,
+            logit_factor=token.logit_factor,
             per_kv_head=True,
         )
-        return from_bits(chosen, first_position=position, num_heads=queries[0].shape[1], span_pages=span_pages)
+        return from_bits(chosen, first_position=token.first_position, num_heads=token.num_heads, span_pages=token.span_pages)
 
     def samples(self, position: int, layer: int) -> bool:
         """Whether recall is measured for this token in this layer."""
@@ -84,3 +84,45 @@ class SparseDecode:
     def recall(self) -> float | None:
         """Mean over samples and heads, None without any."""
         return float(torch.cat(self._recalls).mean()) if self._recalls else None
+
+
+class SnapDecode(SparseDecode):
+    """Pages chosen once, by the prompt's end."""
+
+    def __init__(self, settings: DecodeSettings, *, num_layers: int, prompt_tokens: int) -> None:
+        super().__init__(settings, num_layers=num_layers, prompt_tokens=prompt_tokens)
+        self._chosen: dict[int, torch.Tensor] = {}  # by layer: bool [kv_heads, pages]
+
+    def observe_prompt(self, token: Chunk, layer: int) -> None:
+        kv_heads = token.kv.pages.shape[1]
+        energies = torch.empty((kv_heads, token.num_blocks, token.num_pages))
+        select_pages(
+            token.queries,
+            token.kv,
+            torch.ones(kv_heads),
+            first_position=token.first_position,
+            scale=token.scale,
+            span_pages=token.span_pages,
+            sink_pages=0,
+            local_pages=0,
+            sample_rows=OBSERVED_ROWS,
+            logit_factor=token.logit_factor,
+            per_kv_head=True,
+            energies=energies,
+        )
+        energy = energies.sum(dim=1)
+        best = energy.topk(min(self.settings.most_pages, energy.shape[1]), dim=1).indices
+        self._chosen[layer] = torch.zeros_like(energy, dtype=torch.bool).scatter_(1, best, True)
+
+    def select(self, token: Chunk, layer: int) -> BlockLists:
+        chosen = self._chosen[layer]
+        keep = torch.zeros((len(chosen), 1, token.num_pages), dtype=torch.bool)
+        keep[:, 0, : chosen.shape[1]] = chosen
+        # Everything since the prompt's last pages: the answer's own tokens are always read.
+        keep[:, 0, max(0, self.prompt_tokens // PAGE_TOKENS - self.settings.local_pages) :] = True
+        settings = self.settings
+        bits = pack_bits(keep, first_position=token.first_position, sink_pages=settings.sink_pages, local_pages=settings.local_pages)
+        return from_bits(bits, first_position=token.first_position, num_heads=token.num_heads, span_pages=token.span_pages)
+
+
+DECODERS = {"sparse": SparseDecode, "snapkv": SnapDecode}

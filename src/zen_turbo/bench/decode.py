@@ -1,7 +1,7 @@
 """``zen-turbo bench decode``: time per output token against context length, every page read or the pages that matter.
 
 A real text is read once with the engine's prefill policy. At every context length the text's own next tokens are fed one at a time (teacher
-forcing), densely and sparsely from the same pages:
+forcing), once for each way of decoding from the same pages; the last page of the context is computed again as the end of a prompt:
 
     tpot_ms          median time of one token, output head included; tpot_ratio: over that of the first context
     recall           attention mass that sparse tokens kept where it was sampled
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from zen_turbo.attention.decode import DECODERS
 from zen_turbo.bench import corpora
 from zen_turbo.bench.fidelity import compare
 from zen_turbo.bench.prefill import engine_facts
@@ -31,7 +32,7 @@ from zen_turbo.errors import ConfigurationError
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.llm import LLM
 
-MODES = ("dense", "sparse")
+MODES = ("dense", *DECODERS)
 COLUMNS = ("context", "attention", "tpot_ms", "tpot_ratio", "recall", "top1_agreement", "kl", "peak_rss_gib")
 
 
@@ -85,23 +86,18 @@ def _at(engine: Engine, cache: SequenceCache, tokens: Sequence[int], modes: Sequ
     rows: list[Row] = []
     logits: dict[str, torch.Tensor] = {}
     context = cache.num_tokens
-    for mode in sorted(modes):  # dense first: sparse is compared with it
-        decode = engine.new_decode() if mode == "sparse" else None
+    for mode in sorted(modes):  # dense comes first: the others are compared with it
+        decode = engine.new_decode(prompt_tokens=context, policy=mode)
         child = SequenceCache(engine.pool)
         times, parts = [], []
         try:
-            child.adopt(cache.slots)
+            child.adopt(cache.slots[:-1])
             child.reserve(len(tokens))
+            read_chunk(engine, child, tokens, child.num_tokens, context, decode=decode)
+            child.commit(context)
             for position in range(context, len(tokens)):
                 began = time.perf_counter()
-                values, _ = engine.decoder.forward(
-                    torch.tensor(tokens[position : position + 1], dtype=torch.int64),
-                    child.pages,
-                    first_position=position,
-                    logits_rows=slice(0, 1),
-                    rope_seq_len=len(tokens),
-                    decode=decode,
-                )
+                values = read_chunk(engine, child, tokens, position, position + 1, decode=decode, logits_from=position)
                 times.append(time.perf_counter() - began)
                 child.commit(position + 1)
                 assert values is not None
@@ -109,7 +105,7 @@ def _at(engine: Engine, cache: SequenceCache, tokens: Sequence[int], modes: Sequ
         finally:
             child.release()
         logits[mode] = torch.cat(parts)
-        difference = compare(logits["dense"], logits["sparse"]) if mode == "sparse" and "dense" in logits else None
+        difference = compare(logits["dense"], logits[mode]) if mode != "dense" and "dense" in logits else None
         rows.append(
             {
                 "context": context,

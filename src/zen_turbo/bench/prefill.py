@@ -17,10 +17,12 @@ lengths in ascending order.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zen_turbo.attention.policies.adaptive import settings_of
 from zen_turbo.bench.gemm import GemmBenchmark, GemmRate, shapes_of_model
 from zen_turbo.bench.report import GIB, Experiment, Row
 from zen_turbo.bench.text import fingerprint, read_tokens
@@ -66,13 +68,14 @@ def attention_flops(engine: Engine, num_tokens: int, *, cached_tokens: int = 0) 
 
 
 def engine_facts(engine: Engine) -> dict[str, Any]:
-    """What a record says about model and engine; no folders."""
+    """What a record says about model and engine, and a preset's settings in full, because presets change; no folders."""
     return {
         "model": engine.model_name,
         "model_fingerprint": engine.model_fingerprint,
         "architecture": engine.model_config.architecture,
         "max_model_len": engine.max_model_len,
         "engine": engine.config.to_dict(),
+        "policy": dataclasses.asdict(settings_of(engine.config.preset, engine.config.fidelity)) if engine.config.attention == "adaptive" else None,
     }
 
 

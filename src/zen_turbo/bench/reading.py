@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from zen_turbo.attention.decode import SparseDecode
 from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.engine.engine import Engine
 from zen_turbo.kv.sequence import SequenceCache
@@ -28,6 +29,7 @@ def read_chunk(
     end: int,
     *,
     fidelity: Fidelity | None = None,
+    decode: SparseDecode | None = None,
     logits_from: int | None = None,
 ) -> torch.Tensor | None:
     """Compute tokens [start, end) of ``tokens``, the whole prompt, into reserved pages; the caller commits. Gives the logits of positions
@@ -40,5 +42,6 @@ def read_chunk(
         logits_rows=slice(first - start, end - start) if first < end else None,
         rope_seq_len=len(tokens),
         fidelity=fidelity,
+        decode=decode,
     )
     return logits

@@ -120,7 +120,7 @@ def bench_marginal(
 def bench_decode(
     model: Model = DEFAULT_MODEL,
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens, multiples of 64, separated by commas; 8K is 8192.")] = "4096,16384",
-    modes: Annotated[str, typer.Option("--attention", help="How tokens read, separated by commas: dense, sparse.")] = "dense,sparse",
+    modes: Annotated[str, typer.Option("--attention", help="How tokens read, separated by commas: dense, sparse, snapkv.")] = "dense,sparse",
     prefill: Annotated[str, typer.Option(help="Attention policy with which the context is read.")] = "adaptive",
     num_tokens: Annotated[int, typer.Option("--tokens", help="Tokens to time at each context.")] = 64,
     text: Annotated[str, typer.Option(help="What to read: code, novel, qa.")] = "code",

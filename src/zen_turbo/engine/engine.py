@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 import time
 import uuid
@@ -25,8 +26,9 @@ from typing import NamedTuple
 
 import torch
 
-from zen_turbo.attention.decode import DecodeSettings, SparseDecode
+from zen_turbo.attention.decode import DECODERS, DecodeSettings, SparseDecode
 from zen_turbo.attention.fidelity import WINDOW_TOKENS, Fidelity, Note
+from zen_turbo.attention.policies.adaptive import settings_of
 from zen_turbo.attention.selection import policy_of
 from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.engine import memory
@@ -50,7 +52,7 @@ from zen_turbo.errors import (
     InvalidRequestError,
     RequestCancelledError,
 )
-from zen_turbo.kernels import usable_cpus
+from zen_turbo.kernels import selected_isa, usable_cpus
 from zen_turbo.kv.geometry import PageGeometry, pages_for
 from zen_turbo.kv.pool import PagePool
 from zen_turbo.kv.prefix import Chain, PrefixIndex
@@ -62,6 +64,7 @@ from zen_turbo.models.loader import load_checkpoint
 from zen_turbo.text.chat_template import ChatTemplate, load_chat_template
 from zen_turbo.text.tokenizer import Tokenizer, load_tokenizer
 
+_LOG = logging.getLogger(__name__)
 DCA_MAX_MODEL_LEN = 1_048_576
 DENSE_TAIL_TOKENS = 128  # the prompt's end, where the question is, reads everything
 KV_SHARE_OF_FREE_MEMORY = 0.85
@@ -91,6 +94,7 @@ class _Request:
     cache: SequenceCache | None = None
     cached_tokens: int = 0
     indexed_tokens: int = 0
+    asked_store: bool = False
     text: str = ""
     detokenizer: object | None = None
     admitted: float = 0.0
@@ -154,7 +158,7 @@ class Engine:
         kv_bytes = self.config.kv_cache_bytes or int(memory.available_bytes() * KV_SHARE_OF_FREE_MEMORY)
         if kv_bytes < self.geometry.slot_bytes:
             raise InsufficientMemoryError("One KV page", need_bytes=self.geometry.slot_bytes, have_bytes=kv_bytes)
-        self.pool = PagePool(self.geometry, kv_bytes // self.geometry.slot_bytes)
+        self.pool = self._new_pool(kv_bytes // self.geometry.slot_bytes)
         self._lock = threading.Lock()
         self._waiting: deque[_Request] = deque()
         self._prefilling: _Request | None = None
@@ -167,6 +171,18 @@ class Engine:
             folder, quota = Path(self.config.store).expanduser(), self.config.store_bytes
             self.store = PageStore(folder, self.pool, identity=self._identity, facts=facts, quota_bytes=quota)
         self._decode_next = False
+
+    def _new_pool(self, slots_in_memory: int) -> PagePool:
+        """As many pages as memory holds; with a store as many as the longest request needs, in a file beside it if memory holds fewer."""
+        wanted = pages_for(self.max_model_len)
+        if self.config.store is not None and wanted > slots_in_memory:
+            folder = Path(self.config.store).expanduser()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                return PagePool(self.geometry, wanted, folder=folder)
+            except OSError as error:
+                _LOG.warning("KV pages stay in memory, which holds %d of %d tokens: %s", slots_in_memory * PAGE_TOKENS, self.max_model_len, error)
+        return PagePool(self.geometry, slots_in_memory)
 
     def _resolve_max_model_len(self) -> int:
         window = trained_window(self.model_config)
@@ -297,7 +313,7 @@ class Engine:
             return Plan(None, decodes) if decodes else None
 
     def _admit(self, request: _Request) -> bool:
-        """Reserve every page the request may need, reusing the resident prefix. False: not yet, others hold the memory."""
+        """Reserve every page the request may need, reusing the longest known prefix. False: not yet, others hold the memory."""
         if request.aborted.is_set():
             request.admitted = time.perf_counter()
             request.cache = SequenceCache(self.pool)
@@ -321,16 +337,17 @@ class Engine:
         if self.config.attention != "dense":
             request.fidelity = self.new_fidelity(dense_from=request.num_prompt_tokens - DENSE_TAIL_TOKENS)
             request.fidelity.resume(known.notes)
-        request.decode = self.new_decode()
+        request.decode = self.new_decode(prompt_tokens=request.num_prompt_tokens)
         request.admitted = time.perf_counter()
         return True
 
-    def new_decode(self) -> SparseDecode | None:
-        """What selects and measures for one answer; None where every token reads everything."""
-        if not self.config.decodes_sparsely:
+    def new_decode(self, *, prompt_tokens: int, policy: str | None = None) -> SparseDecode | None:
+        """What selects and measures for one answer, with the engine's policy or another; None where every token reads everything."""
+        kind = DECODERS.get(policy or self.config.decode_policy)
+        if kind is None:
             return None
         settings = DecodeSettings(most_pages=self.config.decode_pages, dense_pages=self.config.decode_dense_tokens // PAGE_TOKENS)
-        return SparseDecode(settings, num_layers=self.model_config.num_hidden_layers)
+        return kind(settings, num_layers=self.model_config.num_hidden_layers, prompt_tokens=prompt_tokens)
 
     def new_fidelity(self, *, dense_from: int) -> Fidelity:
         """What steers and measures one sparse prefill with the engine's settings; rows from ``dense_from`` on read everything."""
@@ -353,7 +370,9 @@ class Engine:
         knobs = {name: value for name, value in self.config.to_dict().items() if name not in _KNOBS_WITHOUT_EFFECT_ON_PAGES}
         if self.config.attention not in _ROW_BY_ROW:
             knobs["prefill_chunk_tokens"] = self.config.prefill_chunk_tokens
-        facts = [PAGE_FORMAT, self.model_fingerprint, knobs, repr(self.decoder.dual_chunk), self.config.needs_summaries]
+        facts = [PAGE_FORMAT, self.model_fingerprint, knobs, repr(self.decoder.dual_chunk), self.config.needs_summaries, selected_isa()]
+        if self.config.attention == "adaptive":
+            facts.append(repr(settings_of(self.config.preset, self.config.fidelity)))
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
     def _chain(self, tokens: list[int]) -> Chain:
@@ -368,8 +387,9 @@ class Engine:
     def _load_stored(self, request: _Request) -> None:
         """Bring exact pages that go on where the index ends from the store into the index."""
         store, chain = self.store, request.chain
-        if store is None:
+        if store is None or request.asked_store:
             return
+        request.asked_store = True
         store.collect()
         most = min((request.num_prompt_tokens - 1) // PAGE_TOKENS, chain.own_from)
         first = self.prefixes.count_exact(chain, most)
@@ -430,7 +450,7 @@ class Engine:
             rope_seq_len=request.num_prompt_tokens,
             cancelled=request.aborted.is_set,
             fidelity=request.fidelity if end <= request.num_prompt_tokens else None,
-            decode=request.decode if end > request.num_prompt_tokens else None,
+            decode=request.decode if end >= request.num_prompt_tokens else None,
         )
         cache.commit(end)
         return result[0] if result is not None else None
@@ -526,7 +546,8 @@ class Engine:
                 self._decoding.remove(request)
         if request.cache is not None:
             self._index(request)
-            self.prefixes.end(request.chain, request.cache.num_tokens // PAGE_TOKENS)
+            answered = request.cache.num_tokens >= request.num_prompt_tokens
+            (self.prefixes.end if answered else self.prefixes.touch)(request.chain, request.cache.num_tokens // PAGE_TOKENS)
             if self.store is not None:
                 self.store.flush()
             request.cache.release()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,6 +55,14 @@ class Journal:
         """Store a finished row; it is on disk when this returns."""
         self._rows[self._identity(row)] = row
         self._write({"row": row, "commit": self._commit})
+
+    def adopt(self, rows: Iterable[Row], commit: str | None) -> None:
+        """Take over rows that were finished elsewhere, at ``commit``, but for those that are here already."""
+        for row in rows:
+            if self._identity(row) not in self._rows:
+                self._rows[self._identity(row)] = row
+                self._write({"row": row, "commit": commit})
+                self.commits.add(commit)
 
     def _open(self, path: Path, key: dict[str, Any]) -> None:
         assert self._file is not None

@@ -9,8 +9,9 @@ possible: all but the deepest key's noise. Directions alternate between groups, 
 and shares that too. Reuse is exact (the grid of chunks is absolute), and every row says how many tokens came from it: ``ttft_s`` is what
 was paid after it.
 
-Every finished row goes to a journal (``journal.py``), so an interrupted run continues. With ``--output FILE.json`` the heat map lies beside
-it, as FILE.png and FILE.html.
+Every finished row goes to a journal (``journal.py``), so an interrupted run continues; the rows of a finished record that ``--output`` names are
+taken over too if its settings are the same, so a grid can grow on another day. With ``--output FILE.json`` the heat map lies beside it, as
+FILE.png and FILE.html.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from zen_turbo.engine.memory import peak_rss_bytes
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.errors import ConfigurationError, ContextLengthExceededError, InsufficientMemoryError
 from zen_turbo.evals import heatmap
+from zen_turbo.evals.heatmap import read_record
 from zen_turbo.evals.journal import Journal
 from zen_turbo.evals.passkey_prompt import GENERATOR_VERSION, PasskeyPrompt, is_correct, make_prompt
 from zen_turbo.llm import LLM
@@ -195,6 +197,24 @@ def journal_path(output: Path | None, resume: Path | None) -> Path | None:
     return output.with_name(output.name + ".rows.jsonl") if output is not None else None
 
 
+def key_of(settings: Mapping[str, Any]) -> Row:
+    """What decides an answer beside the cell, from a record's settings; knobs that it does not know yet have their defaults."""
+    config = EngineConfig.from_dict({**EngineConfig().to_dict(), **settings["engine"]}).to_dict()
+    names = ("generator_version", "model_fingerprint", "policy")
+    return {"eval": "passkey", **{name: settings.get(name) for name in names}, **config}
+
+
+def rows_of_record(path: Path, key: Row) -> tuple[list[Row], str | None]:
+    """The rows of a finished record and their commit: none if it is of another model, other settings or other prompts."""
+    try:
+        record = read_record(path)
+        if tidy(key_of(record["settings"])) != tidy(key):
+            return [], None
+        return record["rows"], (record.get("git") or {}).get("commit")
+    except (ConfigurationError, KeyError, TypeError):
+        return [], None
+
+
 def run(
     *,
     model: str,
@@ -214,14 +234,12 @@ def run(
     llm = LLM(model, config=config)
     engine = llm.engine
     check_fits(engine, max(lengths))
-    experiment.settings |= {**engine_facts(engine), "max_new_tokens": MAX_NEW_TOKENS, "generator_version": GENERATOR_VERSION}
-    key = {
-        "eval": "passkey",
-        "generator_version": GENERATOR_VERSION,
-        "model_fingerprint": engine.model_fingerprint,
-        **engine.config.to_dict(),
-    }
+    facts = engine_facts(engine)
+    experiment.settings |= {**facts, "max_new_tokens": MAX_NEW_TOKENS, "generator_version": GENERATOR_VERSION}
+    key = key_of({**facts, "generator_version": GENERATOR_VERSION})
     with Journal(journal_path(output, resume), key, Cell._fields, commit=experiment.git["commit"] if experiment.git else None) as journal:
+        if output is not None and output.exists():
+            journal.adopt(*rows_of_record(output, key))
         found = sum(journal.get(tuple(cell)) is not None for cell in cells)
         rows = _run_cells(experiment, llm, cells, journal, share_prefix=share_prefix)
         resumed = {"rows": found, "commits": sorted(str(commit) for commit in journal.commits)}

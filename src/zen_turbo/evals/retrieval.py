@@ -133,8 +133,9 @@ def run(
         llm = LLM(model, config=policy_config)
         made = made or contexts(llm.engine, lengths, tasks, num_questions=num_questions, text=text)
         presets[policy] = preset_of(llm.engine)
-        experiment.settings[policy] = engine_facts(llm.engine)
-        key = {"eval": "retrieval", **asked, "model_fingerprint": llm.engine.model_fingerprint, **policy_config.to_dict()}
+        facts = engine_facts(llm.engine)
+        experiment.settings[policy] = facts
+        key = {"eval": "retrieval", **asked, **facts}
         path = output.with_name(f"{output.name}.{policy.replace(':', '_')}.rows.jsonl") if output else None
         with Journal(path, key, Item._fields, commit=experiment.git["commit"] if experiment.git else None) as journal:
             answers[policy] = {length: _answers(experiment, llm, policy, length, context, journal) for length, context in made.items()}

@@ -1,6 +1,6 @@
 """The pool of page slots that all sequences share.
 
-One anonymous memory map, committed by the operating system as pages are first written, viewed as uint8
+One memory map, anonymous or of a file, committed by the operating system as pages are first written, viewed as uint8
 [num_layers, num_slots, num_key_value_heads, page_bytes]: a layer's slots lie together, so that a huge page serves many of them. Summaries
 have a map of their own, so that scoring all pages of a layer reads one stretch of memory. Slots are
 reference-counted, because sequences that share a prefix share its full pages read-only. Allocation takes the slot freed last (still warm in
@@ -12,8 +12,11 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -22,8 +25,12 @@ from zen_turbo.kv.geometry import PageGeometry
 
 
 class PagePool:
-    def __init__(self, geometry: PageGeometry, num_slots: int) -> None:
+    def __init__(self, geometry: PageGeometry, num_slots: int, *, folder: Path | None = None) -> None:
+        """folder: keep the pages in a file there that has no name, so that they may exceed memory: the operating system writes out what was not
+        used for long and reads it again when a kernel touches it. Its room on the disk is taken now, so that a full disk is an OSError here and
+        no fault later."""
         assert 0 < num_slots < 2**31
+        self._folder = folder
         self.geometry = geometry
         self.num_slots = num_slots
         shape = (geometry.num_layers, num_slots, geometry.num_key_value_heads)
@@ -37,7 +44,13 @@ class PagePool:
         self._next_unused = 0
 
     def _allocate(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        self._maps.append(mmap.mmap(-1, math.prod(shape) * dtype.itemsize))
+        size = math.prod(shape) * dtype.itemsize
+        if self._folder is None:
+            self._maps.append(mmap.mmap(-1, size))
+        else:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                self._maps.append(mmap.mmap(file.fileno(), size))
         with contextlib.suppress(AttributeError, OSError):  # huge pages are an optimisation that some kernels refuse
             self._maps[-1].madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(self._maps[-1], dtype=dtype).view(shape)

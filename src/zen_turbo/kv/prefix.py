@@ -134,13 +134,16 @@ class PrefixIndex:
                 self._entries[key] = _Entry(slot, note)
 
     def end(self, chain: Chain, num_pages: int, *, same: bool = False) -> None:
-        """A sequence ends, of which so many pages were added: its conversation may be continued from here, or with ``same`` the same prompt be
-        asked again."""
-        keys = [chain.key(page) for page in range(num_pages)]
-        self._touch([key for key in keys if key in self._entries])
-        entry = self._entries.get(keys[-1]) if num_pages > chain.own_from else None
+        """A sequence ends, of which all full pages, so many, were added: its conversation may be continued from here, or with ``same`` the same
+        prompt be asked again."""
+        self.touch(chain, num_pages)
+        entry = self._entries.get(chain.key(num_pages - 1)) if num_pages > chain.own_from else None
         if entry is not None:
             entry.ends |= {_End(tuple(chain.tokens[num_pages * PAGE_TOKENS :]), same)}
+
+    def touch(self, chain: Chain, num_pages: int) -> None:
+        """The first pages of a sequence were used, as far as they are known."""
+        self._touch([key for page in range(num_pages) if (key := chain.key(page)) in self._entries])
 
     def evict(self, count: int) -> int:
         """Free at least ``count`` slots if so many are held by nobody else; gives how many were freed."""

@@ -130,7 +130,8 @@ class Decoder:
 
         Returns (logits f32 [rows, V] of ``logits_rows``, or None; the plan used). ``cancelled`` is asked before every layer and makes this
         raise RequestCancelledError; what was written by then lies beyond the sequence's committed length and is never read. ``fidelity``
-        makes the prefill sparse and ``decode`` a single token; without them everything is read.
+        makes the prefill sparse and ``decode`` the tokens after it, one at a time; without them everything is read. The chunk that ends a
+        prompt is given ``decode`` too, which may learn from it.
         """
         plan = self.attention.plan(first_position, len(token_ids), rope_seq_len=rope_seq_len)
         if fidelity is not None:
@@ -169,10 +170,13 @@ class Decoder:
             plan, qkv, kv, rotate=layer.rotate, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps
         )
         kv = kv._replace(stored_tokens=plan.first_position + rows)
-        if rows == 1 and decode is not None and layer.window is None:
+        decode = decode if layer.window is None else None
+        if decode is not None and plan.first_position >= decode.prompt_tokens:
             attended = self._attend_token(index, plan, queries, kv, decode)
         else:
             attended = self._attend(index, plan, queries, kv, residual, fidelity)
+            if decode is not None:
+                self.attention.show_prompt_end(plan, queries, kv, decode, index)
         out = residual.new_empty((rows, config.hidden_size), dtype=self.dtype)
         hidden = residual.new_empty((min(rows, TILE_ROWS), config.intermediate_size), dtype=self.dtype)
         for tile in _tiles(rows):
@@ -213,7 +217,7 @@ class Decoder:
     def _attend_token(self, index: int, plan: ChunkPlan, queries: Queries, kv: PageView, decode: SparseDecode) -> torch.Tensor:
         """One token over the pages that are selected for it, and where recall is sampled over all."""
         attention, position = self.attention, plan.first_position
-        lists = attention.select_for_token(plan, queries, kv, decode)
+        lists = attention.select_for_token(plan, queries, kv, decode, index)
         sampled = decode.is_sparse(position) and decode.samples(position, index)
         lse = torch.empty((attention.num_heads, 1)) if sampled else None
         attended = attention.attend(plan, queries, kv, lists, lse=lse)

@@ -24,11 +24,11 @@ from zen_turbo import __version__
 from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.engine.service import EngineService, RequestStream
-from zen_turbo.errors import ModelNotFoundError
+from zen_turbo.errors import InvalidRequestError, ModelNotFoundError
 from zen_turbo.server import errors
 from zen_turbo.server.chat import Reply, stream_body, whole_answer
 from zen_turbo.server.errors import LoadingError
-from zen_turbo.server.schemas import ChatRequest, parse_chat_request
+from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_chat_request
 
 logger = logging.getLogger("zen_turbo.server")
 
@@ -129,6 +129,48 @@ def create_app(
     async def model(name: str) -> dict[str, Any]:
         _check_model(name, served.name)
         return card()
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    def tokenize(body: bytes) -> dict[str, Any]:
+        engine, asked = served.engine, parse(TokenizeRequest, body)
+        _check_model(asked.model, served.name)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise InvalidRequestError("Send either prompt or messages.", param="prompt")
+        if asked.messages is not None:
+            tokens = engine.chat_template.encode(asked.messages)
+        else:
+            tokens = engine.tokenizer.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens)
+        strings = [engine.tokenizer.decode([token]) for token in tokens] if asked.return_token_strs else None
+        return {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens, "token_strs": strings}
+
+    def detokenize(body: bytes) -> dict[str, Any]:
+        engine, asked = served.engine, parse(DetokenizeRequest, body)
+        _check_model(asked.model, served.name)
+        if not all(0 <= token < engine.model_config.vocab_size for token in asked.tokens):
+            raise InvalidRequestError(f"Token ids must lie in [0, {engine.model_config.vocab_size}).", param="tokens")
+        return {"prompt": engine.tokenizer.decode(asked.tokens)}
+
+    def count_input(body: bytes) -> dict[str, Any]:
+        chat = parse_chat_request(body)
+        _check_model(chat.model, served.name)
+        return {"input_tokens": len(served.engine.chat_template.encode(chat.messages, **chat.template_options()))}
+
+    def about_text(path: str, work: Callable[[bytes], dict[str, Any]]) -> None:
+        """A route that computes on text alone, in a worker thread: a million tokens take seconds."""
+
+        @app.post(path)
+        async def route(request: Request) -> Response:
+            try:
+                return JSONResponse(await asyncio.to_thread(work, await request.body()))
+            except Exception as error:
+                return errors.answer_to(request, error)
+
+    about_text("/tokenize", tokenize)
+    about_text("/detokenize", detokenize)
+    about_text("/v1/chat/completions/input_tokens", count_input)
 
     def admit(body: bytes, request_id: str) -> tuple[ChatRequest, RequestStream]:
         service = served.service

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 
@@ -117,14 +117,43 @@ class ChatRequest(pydantic.BaseModel):
         return options
 
 
-def parse_chat_request(body: bytes) -> ChatRequest:
-    """Raises InvalidRequestError (param names the field) and UnsupportedParameterError."""
+class TokenizeRequest(pydantic.BaseModel):
+    """Body of POST /tokenize, vLLM's shape: a prompt, or messages that go through the chat template."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(pydantic.BaseModel):
+    """Body of POST /detokenize."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    model: str | None = None
+    tokens: list[int]
+
+
+_Body = TypeVar("_Body", bound=pydantic.BaseModel)
+
+
+def parse(kind: type[_Body], body: bytes) -> _Body:
+    """Raises InvalidRequestError; param names the field."""
     try:
-        request = ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidRequestError(f"{where}: {first['msg']}" if where else first["msg"], param=where.split(".")[0] or None) from None
+
+
+def parse_chat_request(body: bytes) -> ChatRequest:
+    """Raises InvalidRequestError (param names the field) and UnsupportedParameterError."""
+    request = parse(ChatRequest, body)
     for name, value in (request.model_extra or {}).items():
         neutral = _NEUTRAL.get(name)
         if neutral is not None:

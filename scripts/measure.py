@@ -1,0 +1,99 @@
+"""Makes the records in results/ that take long: says what is there and what is missing, and runs what is missing, one thing at a time.
+
+    .venv/bin/python scripts/measure.py                     what there is, what is missing, about how long it takes
+    .venv/bin/python scripts/measure.py --run passkey_turbo fidelity_32k_*   run these, if their records are not there
+
+A record is the last line of its command. Evaluations keep finished rows beside their record, so an interrupted one goes on where it was. Run it
+on a machine that does nothing else, from a clean checkout: a record carries the commit, and says when the tree was dirty. Minutes are those
+of a 2-core Zen 4; a Zen 5 takes about half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+PRESETS = ("turbo", "balanced", "faithful")
+TEXTS = ("code", "novel", "qa")
+ALL_POLICIES = ",".join(["dense", *(f"adaptive:{preset}" for preset in PRESETS)])
+
+
+class Measurement(NamedTuple):
+    """minutes: about how long it takes; command: without --output."""
+
+    minutes: int
+    command: list[str]
+
+
+def preset_of(name: str) -> list[str]:
+    return ["--attention", "adaptive", "--preset", name]
+
+
+def measurements() -> dict[str, Measurement]:
+    found: dict[str, Measurement] = {}
+
+    def add(name: str, minutes: int, *command: str) -> None:
+        found[name] = Measurement(minutes, list(command))
+
+    short, grid = "4096,8192,16384,32768,65536", ["--depths", "5"]
+    add("passkey_turbo", 45, "eval", "passkey", "--lengths", short, "--depths", "11", "--seeds", "2", *preset_of("turbo"))
+    add("passkey_turbo_128k", 35, "eval", "passkey", "--lengths", "131072", "--depths", "11", *preset_of("turbo"))
+    for length, label, minutes in ((262144, "256k", 40), (524288, "512k", 90), (1000000, "1m", 220)):
+        add(f"passkey_turbo_{label}", minutes, "eval", "passkey", "--lengths", str(length), *grid, *preset_of("turbo"), "--kv-dtype", "int8")
+    add("passkey_balanced", 50, "eval", "passkey", "--lengths", f"{short},131072", *grid, *preset_of("balanced"))
+    add("passkey_faithful", 25, "eval", "passkey", "--lengths", short, *grid, *preset_of("faithful"))
+    for length, label, questions, minutes in ((32768, "32k", 200, 45), (131072, "128k", 100, 110)):
+        options = ["--lengths", str(length), "--questions", str(questions)]
+        add(f"retrieval_{label}", minutes, "eval", "retrieval", "--attention", ALL_POLICIES, *options)
+        int8 = ["--attention", "dense,adaptive:balanced", "--kv-dtype", "int8"]
+        add(f"retrieval_int8_{label}", minutes // 2, "eval", "retrieval", *int8, *options)
+        for text in TEXTS:
+            keep = ["--lengths", str(length), "--texts", text, "--keep-dense", "logs/dense"]
+            for preset in PRESETS:
+                cost = (4 if label == "32k" else 20) if preset == "turbo" else (2 if label == "32k" else 9)
+                add(f"fidelity_{label}_{text}_{preset}", cost, "bench", "fidelity", *preset_of(preset), *keep)
+            quantised = ["--attention", "dense", "--kv-dtype", "int8"]
+            add(f"fidelity_{label}_{text}_int8", 4 if label == "32k" else 38, "bench", "fidelity", *quantised, *keep)
+    for preset, minutes in (("turbo", 9), ("balanced", 11), ("faithful", 16)):
+        add(f"marginal_128k_{preset}", minutes, "bench", "marginal", *preset_of(preset), "--positions", "8192,32768,65536,131072")
+        add(f"prefill_{preset}", 3, "bench", "prefill", *preset_of(preset), "--lengths", "4096,8192,16384,32768")
+    ends = "32768,131072,524288,999424"
+    add("marginal_1m_turbo", 80, "bench", "marginal", *preset_of("turbo"), "--positions", ends, "--kv-dtype", "int8")
+    add("decode", 15, "bench", "decode", "--contexts", "4096,32768,131072", "--preset", "turbo")
+    add("reuse_128k", 20, "bench", "reuse", "--lengths", "131072", *preset_of("turbo"), "--store", "logs/store")
+    return found
+
+
+def run(name: str, measurement: Measurement) -> None:
+    output = RESULTS / f"{name}.json"
+    command = [sys.executable, "-m", "zen_turbo", *measurement.command, "--output", str(output)]
+    print(f"{name}: {' '.join(command[2:])}", flush=True)
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", nargs="+", metavar="PATTERN", help="names to run, with * and ? as in a shell")
+    options = parser.parse_args()
+    every = measurements()
+    if options.run is None:
+        for name, measurement in every.items():
+            state = "there" if (RESULTS / f"{name}.json").exists() else f"about {measurement.minutes} min"
+            print(f"{name:<32}{state:<16}zen-turbo {' '.join(measurement.command)}")
+        return
+    chosen = [name for name in every if any(fnmatch.fnmatch(name, pattern) for pattern in options.run)]
+    if not chosen:
+        raise SystemExit(f"No measurement has such a name: {', '.join(options.run)}.")
+    for name in chosen:
+        if not (RESULTS / f"{name}.json").exists():
+            run(name, every[name])
+
+
+if __name__ == "__main__":
+    main()
