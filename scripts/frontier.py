@@ -18,6 +18,7 @@ from statistics import fmean
 import matplotlib
 from matplotlib.figure import Figure
 
+from zen_turbo.config import PRESETS
 from zen_turbo.evals.heatmap import length_text, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,7 @@ FOLDER = ROOT / "results" / "frontier"
 
 # name -> (what it is, flags)
 SETTINGS: dict[str, tuple[str, list[str]]] = {
-    **{f"adaptive_{preset}": ("adaptive", ["--attention", "adaptive", "--preset", preset]) for preset in ("turbo", "balanced", "faithful")},
+    **{f"adaptive_{preset}": ("adaptive", ["--attention", "adaptive", "--preset", preset]) for preset in PRESETS},
     **{f"uniform_{mass}": ("one share for all heads", ["--attention", "adaptive", "--fidelity", f"0.{mass}"]) for mass in (80, 90, 95, 98)},
     **{name: (name, ["--attention", name]) for name in ("minference", "flexprefill", "xattention", "tri_shape")},
 }

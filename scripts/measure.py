@@ -17,10 +17,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from zen_turbo.bench.corpora import NAMES
+from zen_turbo.config import PRESETS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-PRESETS = ("turbo", "balanced", "faithful")
-TEXTS = ("code", "novel", "qa")
 ALL_POLICIES = ",".join(["dense", *(f"adaptive:{preset}" for preset in PRESETS)])
 
 
@@ -53,7 +54,7 @@ def measurements() -> dict[str, Measurement]:
         add(f"retrieval_{label}", minutes, "eval", "retrieval", "--attention", ALL_POLICIES, *options)
         int8 = ["--attention", "dense,adaptive:balanced", "--kv-dtype", "int8"]
         add(f"retrieval_int8_{label}", minutes // 2, "eval", "retrieval", *int8, *options)
-        for text in TEXTS:
+        for text in NAMES:
             keep = ["--lengths", str(length), "--texts", text, "--keep-dense", "logs/dense"]
             for preset in PRESETS:
                 cost = (4 if label == "32k" else 20) if preset == "turbo" else (2 if label == "32k" else 9)

@@ -181,7 +181,7 @@ class Attention:
 
     def _chunk(self, plan: ChunkPlan, queries: Queries, kv: PageView, sparse_blocks: range, *, first_row: int = 0) -> Chunk:
         """Rows ``first_row`` and on of a planned chunk, as policies see them."""
-        first, second, third = (query[first_row:] if query is not None and len(query) > 1 else query for query in queries)
+        first, second, third = (query[first_row:] if query is not None else None for query in queries)
         return Chunk(
             queries=(first, second, third),
             kv=kv,

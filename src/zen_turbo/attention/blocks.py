@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -194,24 +195,24 @@ def largest_by_mass(energy: torch.Tensor, mass: float) -> torch.Tensor:
     return torch.zeros_like(kept).scatter_(-1, order, kept)
 
 
-def select_by_mass(
-    chunk: Chunk, mass: torch.Tensor, *, sink_pages: int, local_pages: int, most_pages: int | None = None, sample_rows: int = 8
-) -> BlockLists:
-    """The pages of largest estimated mass for each head and query block, natively; see ``kernels.select_pages``."""
-    chosen = kernels.select_pages(
+def choose_by_mass(chunk: Chunk, mass: torch.Tensor, **settings: Any) -> PageBits:
+    """The pages of largest estimated mass for each list and query block, natively. mass and settings (sink_pages, local_pages, most_pages,
+    sample_rows, per_kv_head, energies) as for ``kernels.select_pages``."""
+    return kernels.select_pages(
         chunk.queries,
         chunk.kv,
         mass,
         first_position=chunk.first_position,
         scale=chunk.scale,
         span_pages=chunk.span_pages,
-        sink_pages=sink_pages,
-        local_pages=local_pages,
-        most_pages=most_pages,
-        sample_rows=sample_rows,
         logit_factor=chunk.logit_factor,
+        **settings,
     )
-    return lists_of(chosen, chunk)
+
+
+def select_by_mass(chunk: Chunk, mass: torch.Tensor, **settings: Any) -> BlockLists:
+    """The lists of what ``choose_by_mass`` gives."""
+    return lists_of(choose_by_mass(chunk, mass, **settings), chunk)
 
 
 def pages_read(lists: BlockLists, *, block: int, num_blocks: int, num_heads: int) -> torch.Tensor:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from zen_turbo.attention.blocks import Chunk, from_bits, pack_bits
+from zen_turbo.attention.blocks import Chunk, choose_by_mass, lists_from_mask, select_by_mass
 from zen_turbo.attention.fidelity import recall_of
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.kernels import BlockLists, select_pages
+from zen_turbo.kernels import BlockLists
 
 SAMPLE_EVERY = 16
 OBSERVED_ROWS = 64
@@ -49,27 +49,21 @@ class SparseDecode:
         """Whether the token at ``position`` may leave pages out."""
         return position >= self.prompt_tokens and position // PAGE_TOKENS > self.settings.dense_pages
 
-    def observe_prompt(self, token: Chunk, layer: int) -> None:
+    def observe_prompt(self, end: Chunk, layer: int) -> None:
         """The prompt's last rows, whole query blocks of them, in the layer in which they attend. Not needed here."""
 
     def select(self, token: Chunk, layer: int) -> BlockLists:
         """The pages that ``token``, a chunk of one row at any position, reads: one list per KV head."""
-        settings, kv_heads = self.settings, token.kv.pages.shape[1]
-        chosen = select_pages(
-            token.queries,
-            token.kv,
-            torch.full((kv_heads,), settings.mass),
-            first_position=token.first_position,
-            scale=token.scale,
-            span_pages=token.span_pages,
+        settings = self.settings
+        return select_by_mass(
+            token,
+            torch.full((token.kv.pages.shape[1],), settings.mass),
             sink_pages=settings.sink_pages,
             local_pages=settings.local_pages,
             most_pages=settings.most_pages,
             sample_rows=1,
-            logit_factor=token.logit_factor,
             per_kv_head=True,
         )
-        return from_bits(chosen, first_position=token.first_position, num_heads=token.num_heads, span_pages=token.span_pages)
 
     def samples(self, position: int, layer: int) -> bool:
         """Whether recall is measured for this token in this layer."""
@@ -93,23 +87,11 @@ class SnapDecode(SparseDecode):
         super().__init__(settings, num_layers=num_layers, prompt_tokens=prompt_tokens)
         self._chosen: dict[int, torch.Tensor] = {}  # by layer: bool [kv_heads, pages]
 
-    def observe_prompt(self, token: Chunk, layer: int) -> None:
-        kv_heads = token.kv.pages.shape[1]
-        energies = torch.empty((kv_heads, token.num_blocks, token.num_pages))
-        select_pages(
-            token.queries,
-            token.kv,
-            torch.ones(kv_heads),
-            first_position=token.first_position,
-            scale=token.scale,
-            span_pages=token.span_pages,
-            sink_pages=0,
-            local_pages=0,
-            sample_rows=OBSERVED_ROWS,
-            logit_factor=token.logit_factor,
-            per_kv_head=True,
-            energies=energies,
-        )
+    def observe_prompt(self, end: Chunk, layer: int) -> None:
+        kv_heads = end.kv.pages.shape[1]
+        energies = torch.empty((kv_heads, end.num_blocks, end.num_pages))
+        rows = OBSERVED_ROWS
+        choose_by_mass(end, torch.ones(kv_heads), sink_pages=0, local_pages=0, sample_rows=rows, per_kv_head=True, energies=energies)
         energy = energies.sum(dim=1)
         best = energy.topk(min(self.settings.most_pages, energy.shape[1]), dim=1).indices
         self._chosen[layer] = torch.zeros_like(energy, dtype=torch.bool).scatter_(1, best, True)
@@ -120,9 +102,7 @@ class SnapDecode(SparseDecode):
         keep[:, 0, : chosen.shape[1]] = chosen
         # Everything since the prompt's last pages: the answer's own tokens are always read.
         keep[:, 0, max(0, self.prompt_tokens // PAGE_TOKENS - self.settings.local_pages) :] = True
-        settings = self.settings
-        bits = pack_bits(keep, first_position=token.first_position, sink_pages=settings.sink_pages, local_pages=settings.local_pages)
-        return from_bits(bits, first_position=token.first_position, num_heads=token.num_heads, span_pages=token.span_pages)
+        return lists_from_mask(keep, token, sink_pages=self.settings.sink_pages, local_pages=self.settings.local_pages)
 
 
 DECODERS = {"sparse": SparseDecode, "snapkv": SnapDecode}
