@@ -43,19 +43,17 @@ def make(folder: Path, **knobs: Any) -> LLM:
 def spied(llm: LLM, prompt: list[int]) -> tuple[RequestOutput, list[torch.Tensor]]:
     """The output, and the logits of every generated token."""
     seen: list[torch.Tensor] = []
-    forward = llm.engine.decoder.forward
+    sample = llm.engine._sample
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        result = forward(*args, **kwargs)
-        if result[0] is not None:
-            seen.append(result[0].clone())
-        return result
+    def spy(request: Any, logits: torch.Tensor) -> None:
+        seen.append(logits.clone())
+        sample(request, logits)
 
-    llm.engine.decoder.forward = spy  # type: ignore[method-assign]
+    llm.engine._sample = spy  # type: ignore[method-assign]
     try:
         return llm.generate(prompt, GREEDY), seen
     finally:
-        llm.engine.decoder.forward = forward  # type: ignore[method-assign]
+        llm.engine._sample = sample  # type: ignore[method-assign]
 
 
 def same(first: tuple[RequestOutput, list[torch.Tensor]], second: tuple[RequestOutput, list[torch.Tensor]]) -> bool:

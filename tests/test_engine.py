@@ -85,15 +85,13 @@ def test_cached_is_cold_bit_for_bit(tiny_folder: Path, dtype: str) -> None:
         if first is not None:
             run(engine, (first, GREEDY))
         seen: list[torch.Tensor] = []
-        forward = engine.decoder.forward
+        sample = engine._sample
 
-        def spy(*args: Any, **kwargs: Any) -> Any:
-            result = forward(*args, **kwargs)
-            if result[0] is not None:
-                seen.append(result[0].clone())
-            return result
+        def spy(request: Any, logits: torch.Tensor) -> None:
+            seen.append(logits.clone())
+            sample(request, logits)
 
-        engine.decoder.forward = spy  # type: ignore[method-assign]
+        engine._sample = spy  # type: ignore[method-assign]
         return run(engine, (other, GREEDY))[0], seen
 
     cold, cold_logits = outcome(None)
@@ -262,14 +260,14 @@ def test_abort_between_layers_ends_the_request_and_no_other(engine: Engine) -> N
 def test_a_fault_in_one_request_leaves_the_others_alone(engine: Engine) -> None:
     good, bad = tiny.tokens(200, seed=1), tiny.tokens(200, seed=2)
     alone = run(engine, (good, GREEDY))[0].token_ids
-    forward = engine.decoder.forward
+    begin = engine.decoder.begin
 
     def faulty(token_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if token_ids.tolist() == bad[: len(token_ids)]:
             raise RuntimeError("broken")
-        return forward(token_ids, *args, **kwargs)
+        return begin(token_ids, *args, **kwargs)
 
-    engine.decoder.forward = faulty  # type: ignore[method-assign]
+    engine.decoder.begin = faulty  # type: ignore[method-assign]
     results: dict[str, Event] = {}
     for name, prompt in (("bad", bad), ("good", good)):
         engine.submit(prompt, GREEDY, on_event=lambda event, name=name: results.__setitem__(name, event))

@@ -189,7 +189,7 @@ def test_a_document_between_others_is_still_known(tiny_folder: Path, attention: 
     other = [llm.generate([*document, *tiny.tokens(200, seed=8)], GREEDY) for document in documents]
     assert [output.cached_tokens for output in other] == [576] * 3
     engine = llm.engine
-    engine.pool.verify([engine.prefixes.slots])
+    engine.pool.verify([engine.reuse.prefixes.slots])
     small = LLM(tiny_folder, attention=attention, **{**settings, "kv_cache_bytes": engine.geometry.slot_bytes * 20})
     for document, expected in zip([*documents, *documents], [*cold, *cold], strict=True):
         found = small.generate([*document, *tiny.tokens(200, seed=9)], GREEDY)

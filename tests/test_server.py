@@ -331,18 +331,18 @@ def test_two_at_once(client: openai.OpenAI) -> None:
 
 
 def test_a_fault_inside_says_nothing_of_the_inside(client: openai.OpenAI, engine: Engine) -> None:
-    forward = engine.decoder.forward
+    begin = engine.decoder.begin
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("/secret/path")
 
-    engine.decoder.forward = faulty  # type: ignore[method-assign]
+    engine.decoder.begin = faulty  # type: ignore[method-assign]
     try:
         body = refused(client, openai.InternalServerError)
         with pytest.raises(openai.APIError, match="Internal error"):
             list(chat(client, stream=True))
     finally:
-        engine.decoder.forward = forward  # type: ignore[method-assign]
+        engine.decoder.begin = begin  # type: ignore[method-assign]
     assert (body["code"], body["type"]) == ("internal_error", "server_error") and "secret" not in str(body)
     assert chat(client).choices[0].message.content is not None
 

@@ -18,6 +18,7 @@ KV_DTYPES = ("auto", "int8")
 PRESETS = ("turbo", "balanced", "faithful")
 DTYPES = ("bfloat16", "float32")
 CONTEXT_EXTENSIONS = ("dca", "none")
+_POSITIVE = tuple("decode_pages store_bytes max_model_len kv_cache_bytes max_num_seqs num_threads dca_chunk_size dca_local_size".split())
 PAGE_TOKENS = 64
 
 
@@ -65,6 +66,7 @@ class EngineConfig:
         "Folder in which computed pages are kept beyond the process, for any number of them; a request may then exceed memory. Default: none.",
     )
     store_bytes: int = _knob(32 << 30, "Most bytes that the store may take; what was used least recently is deleted first.")
+    max_num_seqs: int = _knob(64, "Most requests that are read or answered at a time; others wait.")
     num_threads: int | None = _knob(None, "Compute threads. Default: the CPUs this process may use.")
     dca_chunk_size: int | None = _knob(None, "DCA chunk_size in tokens. Default: the checkpoint's own, else the trained window.")
     dca_local_size: int | None = _knob(None, "DCA local_size in tokens. Default: the checkpoint's own, else a quarter of chunk_size.")
@@ -89,7 +91,7 @@ class EngineConfig:
             raise ConfigurationError(f"dense_tokens must not be negative, not {self.dense_tokens}.", param="dense_tokens")
         if self.decode_dense_tokens < 0:
             raise ConfigurationError(f"decode_dense_tokens must not be negative, not {self.decode_dense_tokens}.", param="decode_dense_tokens")
-        for name in ("decode_pages", "store_bytes", "max_model_len", "kv_cache_bytes", "num_threads", "dca_chunk_size", "dca_local_size"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigurationError(f"{name} must be positive, not {value}.", param=name)

@@ -31,6 +31,7 @@ from zen_turbo.engine.memory import peak_rss_bytes
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.llm import LLM
+from zen_turbo.models.decoder import TokenRow
 
 MODES = ("dense", *DECODERS)
 COLUMNS = ("context", "attention", "tpot_ms", "tpot_ratio", "recall", "top1_agreement", "kl", "peak_rss_gib")
@@ -97,11 +98,10 @@ def _at(engine: Engine, cache: SequenceCache, tokens: Sequence[int], modes: Sequ
             child.commit(context)
             for position in range(context, len(tokens)):
                 began = time.perf_counter()
-                values = read_chunk(engine, child, tokens, position, position + 1, decode=decode, logits_from=position)
+                row = TokenRow(tokens[position], position, child.pages, decode, context)
+                parts.append(engine.decoder.decode_tokens([row]))
                 times.append(time.perf_counter() - began)
                 child.commit(position + 1)
-                assert values is not None
-                parts.append(values)
         finally:
             child.release()
         logits[mode] = torch.cat(parts)

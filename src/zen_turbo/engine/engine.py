@@ -1,34 +1,29 @@
 """The engine: ``step()`` is plan -> forward -> sample -> commit, one unit of work at a time.
 
-A unit is one prefill chunk of one request, or one token of every request that is answering; the two alternate, so an answer keeps flowing
-while a long prompt is read. Prompts are read in order of arrival. Chunks lie on a fixed grid of absolute positions, so what a chunk computes
-depends on its tokens and on what precedes them, never on how the work was cut or on how long the request turns out to be.
+A unit is one token of every request that is answering, in one batch, and then a while of reading one prompt (``scheduler.py`` says which). A chunk
+may rest between any two of its layers, so a short question waits for a layer of a long prompt's chunk and not for the chunk. Chunks lie on a fixed
+grid of absolute positions, so what a chunk computes depends on its tokens and on what precedes them, never on how the work was cut, on what came
+between, or on how long the request turns out to be.
 
-Full pages are indexed as they are written (``kv.prefix``) and kept until memory is wanted: a request starts after the longest prefix that is
-known, and one that continues a conversation after its last answer.
+Full pages are indexed as they are written and kept until memory is wanted (``reuse.py``): a request starts after the longest prefix that is known,
+and one that continues a conversation after its last answer.
 
-``submit`` and ``abort`` may be called from any thread; ``step`` from one.
+``submit`` and ``abort`` may be called from any thread and never wait for a unit of work; ``step`` from one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from zen_turbo.attention.decode import DECODERS, DecodeSettings, SparseDecode
-from zen_turbo.attention.fidelity import WINDOW_TOKENS, Fidelity, Note
-from zen_turbo.attention.policies.adaptive import settings_of
+from zen_turbo.attention.fidelity import WINDOW_TOKENS, Fidelity
 from zen_turbo.attention.selection import policy_of
 from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.engine import memory
@@ -42,7 +37,10 @@ from zen_turbo.engine.request import (
     SamplingParams,
     TokenDelta,
 )
+from zen_turbo.engine.reuse import Reuse
+from zen_turbo.engine.running import Running
 from zen_turbo.engine.sampler import Sampler
+from zen_turbo.engine.scheduler import Admission, Scheduler
 from zen_turbo.engine.stop import StopMatcher
 from zen_turbo.errors import (
     ConfigurationError,
@@ -52,14 +50,11 @@ from zen_turbo.errors import (
     InvalidRequestError,
     RequestCancelledError,
 )
-from zen_turbo.kernels import selected_isa, usable_cpus
+from zen_turbo.kernels import usable_cpus
 from zen_turbo.kv.geometry import PageGeometry, pages_for
 from zen_turbo.kv.pool import PagePool
-from zen_turbo.kv.prefix import Chain, PrefixIndex
-from zen_turbo.kv.sequence import SequenceCache
-from zen_turbo.kv.store import PageStore, StoredPage
 from zen_turbo.models.catalogue import resolve_model
-from zen_turbo.models.decoder import Decoder, Timers, trained_window
+from zen_turbo.models.decoder import Decoder, TokenRow, trained_window
 from zen_turbo.models.loader import load_checkpoint
 from zen_turbo.text.chat_template import ChatTemplate, load_chat_template
 from zen_turbo.text.tokenizer import Tokenizer, load_tokenizer
@@ -68,51 +63,7 @@ _LOG = logging.getLogger(__name__)
 DCA_MAX_MODEL_LEN = 1_048_576
 DENSE_TAIL_TOKENS = 128  # the prompt's end, where the question is, reads everything
 KV_SHARE_OF_FREE_MEMORY = 0.85
-PAGE_FORMAT = 1  # of what a page holds; to be raised when kernels or policies write other numbers than before
-# decode_* are among them because an answer's pages are its conversation's own.
-_KNOBS_WITHOUT_EFFECT_ON_PAGES = frozenset(
-    "max_model_len prefill_chunk_tokens kv_cache_bytes num_threads store store_bytes decode_attention decode_pages decode_dense_tokens".split()
-)
-_ROW_BY_ROW = ("dense", "adaptive")  # policies whose pages do not depend on the chunk that they were computed in
-
-
-@dataclass
-class _Request:
-    """A request inside the engine. ``tokens`` is the prompt, then the answer; the cache holds all of them but the last sampled one."""
-
-    request_id: str
-    tokens: list[int]
-    num_prompt_tokens: int
-    max_tokens: int
-    sampling: SamplingParams
-    on_event: Callable[[Event], None]
-    sampler: Sampler
-    stops: StopMatcher
-    chain: Chain
-    submitted: float
-    aborted: threading.Event = field(default_factory=threading.Event)
-    cache: SequenceCache | None = None
-    cached_tokens: int = 0
-    indexed_tokens: int = 0
-    asked_store: bool = False
-    text: str = ""
-    detokenizer: object | None = None
-    admitted: float = 0.0
-    first_token: float = 0.0
-    timers: Timers = field(default_factory=Timers)
-    fidelity: Fidelity | None = None
-    decode: SparseDecode | None = None
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
-
-
-class Plan(NamedTuple):
-    """One unit of work: either the next chunk of ``prefill``, or one token for each of ``decodes``."""
-
-    prefill: _Request | None
-    decodes: tuple[_Request, ...]
+PREFILL_QUANTUM_S = 0.2  # how long one prompt is read before answers and other prompts get their turn; at least one layer of a chunk
 
 
 class Engine:
@@ -159,18 +110,19 @@ class Engine:
         if kv_bytes < self.geometry.slot_bytes:
             raise InsufficientMemoryError("One KV page", need_bytes=self.geometry.slot_bytes, have_bytes=kv_bytes)
         self.pool = self._new_pool(kv_bytes // self.geometry.slot_bytes)
+        self.reuse = Reuse(
+            self.pool,
+            self.config,
+            model_name=self.model_name,
+            model_fingerprint=self.model_fingerprint,
+            dual_chunk=self.decoder.dual_chunk,
+            dense_tail_tokens=DENSE_TAIL_TOKENS if self.config.attention != "dense" else 0,
+            length_matters=self.model_config.rope.kind == "dynamic",
+        )
+        self._scheduler: Scheduler[Running] = Scheduler(max_running=self.config.max_num_seqs)
+        self._known: dict[str, Running] = {}  # every request that has not ended; under the lock, as is the inbox
+        self._inbox: list[Running] = []
         self._lock = threading.Lock()
-        self._waiting: deque[_Request] = deque()
-        self._prefilling: _Request | None = None
-        self._decoding: list[_Request] = []
-        self.prefixes = PrefixIndex(self.pool)
-        self._identity = self._cache_identity()
-        self.store: PageStore | None = None
-        if self.config.store is not None:
-            facts = {"model": self.model_name, "model_fingerprint": self.model_fingerprint, "engine": self.config.to_dict()}
-            folder, quota = Path(self.config.store).expanduser(), self.config.store_bytes
-            self.store = PageStore(folder, self.pool, identity=self._identity, facts=facts, quota_bytes=quota)
-        self._decode_next = False
 
     def _new_pool(self, slots_in_memory: int) -> PagePool:
         """As many pages as memory holds; with a store as many as the longest request needs, in a file beside it if memory holds fewer."""
@@ -226,7 +178,7 @@ class Engine:
         need = self.geometry.bytes_for(len(tokens) + wanted)
         if need > have:
             raise InsufficientMemoryError(f"A request of {len(tokens)} + {wanted} tokens", need_bytes=need, have_bytes=have)
-        request = _Request(
+        request = Running(
             request_id=request_id or f"req-{uuid.uuid4().hex}",
             tokens=tokens,
             num_prompt_tokens=len(tokens),
@@ -235,26 +187,38 @@ class Engine:
             on_event=on_event,
             sampler=Sampler(sampling),
             stops=StopMatcher(sampling.stop),
-            chain=self._chain(tokens),
+            detokenizer=self.tokenizer.incremental(),
+            chain=self.reuse.chain(tokens),
             submitted=time.perf_counter(),
         )
-        request.detokenizer = self.tokenizer.incremental()
         with self._lock:
-            self._waiting.append(request)
+            if request.request_id in self._known:
+                raise InvalidRequestError(f"A request {request.request_id!r} is running already.", param="request_id")
+            self._known[request.request_id] = request
+            self._inbox.append(request)
         return request.request_id
 
     def abort(self, request_id: str) -> bool:
         """Ask a request to end; it does so before the next layer and sends Finished with reason "abort". False if it is not known."""
         with self._lock:
-            for request in self._all():
-                if request.request_id == request_id:
-                    request.aborted.set()
-                    return True
-        return False
+            request = self._known.get(request_id)
+        if request is None:
+            return False
+        request.aborted.set()
+        return True
 
     def has_work(self) -> bool:
-        with self._lock:
-            return any(True for _ in self._all())
+        return bool(self._known)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that nothing was computed for yet."""
+        return len(self._inbox) + self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests whose prompt is being read or that are being answered."""
+        return self._scheduler.num_running
 
     def estimate(self, total_tokens: int) -> memory.MemoryEstimate:
         """Memory that a request of so many tokens takes, in bytes."""
@@ -262,84 +226,58 @@ class Engine:
             self.model_config, self.geometry, total_tokens=total_tokens, chunk_tokens=self.config.prefill_chunk_tokens
         )
 
-    def _all(self) -> list[_Request]:
-        return [*self._waiting, *([self._prefilling] if self._prefilling else []), *self._decoding]
-
     # One unit of work.
 
     def step(self) -> bool:
         """Do one unit of work; False when there is none."""
-        plan = self._plan()
+        with self._lock:
+            arrived, self._inbox = self._inbox, []
+        for request in arrived:
+            self._scheduler.add(request)
+        for request in [request for request in self._scheduler if request.aborted.is_set()]:
+            self._finish(request, "abort")
+        plan = self._scheduler.plan(self._admit)
         if plan is None:
-            return False
-        for request in plan.decodes:
-            self._guard(request, self._decode)
+            return bool(self._known)
+        if plan.decodes:
+            self._decode(plan.decodes)
         if plan.prefill is not None:
-            self._guard(plan.prefill, self._prefill_chunk)
+            self._guard(plan.prefill, self._read)
         return True
 
     def fail_all(self, error: Exception) -> None:
-        """End every request with ``error``; for a fault of the engine itself."""
+        """End every request with ``error``; for a fault of the engine itself. Call it from the thread of ``step``."""
         with self._lock:
-            requests = self._all()
-            self._waiting.clear()
+            requests = list(self._known.values())
+            self._inbox.clear()
         for request in requests:
-            self._drop(request)
-            request.on_event(Failed(error))
+            self._fail(request, error)
 
     def reset_prefix_cache(self) -> None:
         """Forget every page that no request holds: the next prompt is read from its beginning. Call it from the thread of ``step``."""
-        self.prefixes.clear()
+        self.reuse.prefixes.clear()
 
     def close(self) -> None:
         self.fail_all(RequestCancelledError("The engine was closed."))
-        self.prefixes.clear()
-        if self.store is not None:
-            self.store.close()
+        self.reuse.close()
         self.pool.close()
 
-    def _plan(self) -> Plan | None:
-        """Decodes and prefill chunks alternate. Admits the oldest waiting request when no prompt is being read and memory suffices."""
-        with self._lock:
-            if self._prefilling is None and self._waiting and self._admit(self._waiting[0]):
-                self._prefilling = self._waiting.popleft()
-            decodes = tuple(self._decoding)
-            if decodes and (self._decode_next or self._prefilling is None):
-                self._decode_next = False
-                return Plan(None, decodes)
-            self._decode_next = True
-            if self._prefilling is not None:
-                return Plan(self._prefilling, ())
-            return Plan(None, decodes) if decodes else None
-
-    def _admit(self, request: _Request) -> bool:
-        """Reserve every page the request may need, reusing the longest known prefix. False: not yet, others hold the memory."""
-        if request.aborted.is_set():
-            request.admitted = time.perf_counter()
-            request.cache = SequenceCache(self.pool)
-            return True
-        grid = 1 if self.config.attention in _ROW_BY_ROW else self.config.prefill_chunk_tokens // PAGE_TOKENS
-        self._load_stored(request)
-        known = self.prefixes.find(request.chain, (request.num_prompt_tokens - 1) // PAGE_TOKENS, grid_pages=grid)
-        cache = SequenceCache(self.pool)
-        cache.adopt(known.slots)
-        total = request.num_prompt_tokens + request.max_tokens
-        missing = pages_for(total) - len(cache.slots) - self.pool.num_free
-        if missing > 0:
-            self.prefixes.evict(missing)
+    def _admit(self, request: Running) -> Admission:
+        """Reserve every page the request may need, reusing the longest known prefix."""
         try:
-            cache.reserve(total)
-        except InsufficientMemoryError:
-            cache.release()
-            return False
-        request.cache = cache
-        request.cached_tokens = request.indexed_tokens = cache.num_tokens
-        if self.config.attention != "dense":
-            request.fidelity = self.new_fidelity(dense_from=request.num_prompt_tokens - DENSE_TAIL_TOKENS)
-            request.fidelity.resume(known.notes)
-        request.decode = self.new_decode(prompt_tokens=request.num_prompt_tokens)
-        request.admitted = time.perf_counter()
-        return True
+            if self.reuse.worth_waiting(request, self._scheduler.prefilling):
+                return Admission.LATER
+            if self.config.attention != "dense":
+                request.fidelity = self.new_fidelity(dense_from=request.num_prompt_tokens - DENSE_TAIL_TOKENS)
+            if not self.reuse.reserve(request):
+                return Admission.NO_MEMORY
+            request.decode = self.new_decode(prompt_tokens=request.num_prompt_tokens)
+            request.admitted = time.perf_counter()
+            self._progress(request)
+            return Admission.ADMITTED
+        except Exception as error:
+            self._fail(request, error)
+            return Admission.LATER
 
     def new_decode(self, *, prompt_tokens: int, policy: str | None = None) -> SparseDecode | None:
         """What selects and measures for one answer, with the engine's policy or another; None where every token reads everything."""
@@ -365,125 +303,76 @@ class Engine:
             dense_from=dense_from,
         )
 
-    def _cache_identity(self) -> bytes:
-        """A hash of everything but tokens that keys and values depend on."""
-        knobs = {name: value for name, value in self.config.to_dict().items() if name not in _KNOBS_WITHOUT_EFFECT_ON_PAGES}
-        if self.config.attention not in _ROW_BY_ROW:
-            knobs["prefill_chunk_tokens"] = self.config.prefill_chunk_tokens
-        facts = [PAGE_FORMAT, self.model_fingerprint, knobs, repr(self.decoder.dual_chunk), self.config.needs_summaries, selected_isa()]
-        if self.config.attention == "adaptive":
-            facts.append(repr(settings_of(self.config.preset, self.config.fidelity)))
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
-
-    def _chain(self, tokens: list[int]) -> Chain:
-        """The pages of a prompt by content. Its own begin where its end makes a difference: with a sparse policy at the rows that read
-        everything because they are the last, else at the first token that is not the prompt's."""
-        tail = DENSE_TAIL_TOKENS if self.config.attention != "dense" else 0
-        identity = self._identity
-        if self.model_config.rope.kind == "dynamic":  # the base depends on how long the prompt is
-            identity = hashlib.sha256(identity + len(tokens).to_bytes(8)).digest()
-        return Chain(tokens, identity, own_from=max(0, len(tokens) - tail) // PAGE_TOKENS)
-
-    def _load_stored(self, request: _Request) -> None:
-        """Bring exact pages that go on where the index ends from the store into the index."""
-        store, chain = self.store, request.chain
-        if store is None or request.asked_store:
-            return
-        request.asked_store = True
-        store.collect()
-        most = min((request.num_prompt_tokens - 1) // PAGE_TOKENS, chain.own_from)
-        first = self.prefixes.count_exact(chain, most)
-        count = store.find([chain.key(page) for page in range(first, most)])
-        self.prefixes.evict(count - self.pool.num_free)
-        count = min(count, self.pool.num_free)
-        if count <= 0:
-            return
-        slots = self.pool.allocate(count)
-        keys = [chain.key(page) for page in range(first, first + count)]
-        loaded = store.load(keys, request.tokens[first * PAGE_TOKENS : (first + count) * PAGE_TOKENS], slots)
-        notes = [Note.from_bytes(note) if note else None for note in loaded.notes]
-        self.prefixes.add(chain, slots[: loaded.num_pages], notes, first_page=first)
-        if loaded.num_pages < count:  # a damaged segment is gone, with the sound pages that stood before the damage
-            store.put([self._stored_page(request, first + at, slot, note) for at, (slot, note) in enumerate(zip(slots, notes, strict=False))])
-        self.pool.free(slots)
-
-    def _index(self, request: _Request) -> None:
-        """Offer the pages that are full by now to others, and what any prompt could use to the store."""
-        cache = request.cache
-        assert cache is not None
-        first, last = request.indexed_tokens // PAGE_TOKENS, cache.num_tokens // PAGE_TOKENS
-        notes = [request.fidelity.note(page) if request.fidelity else None for page in range(first, last)]
-        self.prefixes.add(request.chain, cache.slots[first:last], notes, first_page=first)
-        request.indexed_tokens = last * PAGE_TOKENS
-        if self.store is not None:
-            exact = range(first, min(last, request.chain.own_from))
-            self.store.put([self._stored_page(request, page, cache.slots[page], note) for page, note in zip(exact, notes, strict=False)])
-            self.store.collect()
-
-    @staticmethod
-    def _stored_page(request: _Request, page: int, slot: int, note: Note | None) -> StoredPage:
-        tokens = request.tokens[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
-        return StoredPage(request.chain.key(page), tokens, slot, note.to_bytes() if note else b"")
-
-    def _guard(self, request: _Request, work: Callable[[_Request], None]) -> None:
-        """Run one request's unit; an abort or an error ends that request and no other."""
+    def _guard(self, request: Running, work: Callable[[Running], None]) -> None:
+        """Run one request's unit; an error ends that request and no other."""
         try:
-            if request.aborted.is_set():
-                raise RequestCancelledError("The request was cancelled.")
             work(request)
-        except RequestCancelledError:
-            self._finish(request, "abort")
         except Exception as error:
-            self._drop(request)
-            request.on_event(Failed(error))
+            self._fail(request, error)
 
-    def _forward(self, request: _Request, start: int, end: int, *, logits: bool) -> torch.Tensor | None:
-        """Compute tokens [start, end) and commit them. Returns the last row's logits, f32 [vocab_size], if wanted."""
-        cache = request.cache
-        assert cache is not None and cache.num_tokens == start
-        self.decoder.timers = request.timers if end <= request.num_prompt_tokens else Timers()
-        result, _ = self.decoder.forward(
-            torch.tensor(request.tokens[start:end], dtype=torch.int64),
-            cache.pages,
-            first_position=start,
-            logits_rows=slice(end - start - 1, end - start) if logits else None,
-            rope_seq_len=request.num_prompt_tokens,
-            cancelled=request.aborted.is_set,
-            fidelity=request.fidelity if end <= request.num_prompt_tokens else None,
-            decode=request.decode if end >= request.num_prompt_tokens else None,
-        )
-        cache.commit(end)
-        return result[0] if result is not None else None
+    def _read(self, request: Running) -> None:
+        """Compute layers of the prompt's chunks until the quantum is over or the prompt is read."""
+        cache, began = request.cache, time.perf_counter()
+        assert cache is not None
+        while not request.aborted.is_set():
+            start = cache.num_tokens
+            end = self._chunk_end(request)
+            if request.run is None:
+                request.run = self.decoder.begin(
+                    torch.tensor(request.tokens[start:end], dtype=torch.int64),
+                    cache.pages,
+                    first_position=start,
+                    rope_seq_len=request.num_prompt_tokens,
+                    fidelity=request.fidelity,
+                    decode=request.decode if end == request.num_prompt_tokens else None,
+                    timers=request.timers,
+                )
+            if not self.decoder.advance(request.run):
+                run, request.run = request.run, None
+                cache.commit(end)
+                self.reuse.keep(request)
+                self._progress(request)
+                if end == request.num_prompt_tokens:
+                    self.reuse.end_of_prompt(request)
+                    self._scheduler.answer(request)
+                    self._sample(request, self.decoder.logits(run, slice(end - start - 1, end - start))[0])
+                    return
+            if time.perf_counter() - began >= PREFILL_QUANTUM_S:
+                return
 
-    def _prefill_chunk(self, request: _Request) -> None:
+    def _chunk_end(self, request: Running) -> int:
         assert request.cache is not None
-        start = request.cache.num_tokens
-        if start == request.cached_tokens:
-            self._progress(request)
         grid = self.config.prefill_chunk_tokens
-        end = min((start // grid + 1) * grid, request.num_prompt_tokens)
-        logits = self._forward(request, start, end, logits=end == request.num_prompt_tokens)
-        self._index(request)
-        self._progress(request)
-        if logits is not None:
-            self.prefixes.end(request.chain, (end - 1) // PAGE_TOKENS, same=True)
-            with self._lock:
-                self._prefilling = None
-                self._decoding.append(request)
-            self._sample(request, logits)
+        return min((request.cache.num_tokens // grid + 1) * grid, request.num_prompt_tokens)
 
-    def _progress(self, request: _Request) -> None:
+    def _progress(self, request: Running) -> None:
         assert request.cache is not None
         elapsed = time.perf_counter() - request.admitted
         request.on_event(PrefillProgress(request.num_prompt_tokens, request.cached_tokens, request.cache.num_tokens, elapsed))
 
-    def _decode(self, request: _Request) -> None:
-        end = len(request.tokens)
-        logits = self._forward(request, end - 1, end, logits=True)
-        assert logits is not None
-        self._sample(request, logits)
+    def _decode(self, requests: Sequence[Running]) -> None:
+        """One token for each, in one batch; if that fails, one by one, so that only the request at fault ends."""
+        try:
+            logits = self.decoder.decode_tokens([self._token_row(request) for request in requests])
+        except Exception as error:
+            if len(requests) == 1:
+                self._fail(requests[0], error)
+                return
+            for request in requests:
+                self._decode((request,))
+            return
+        for request, row in zip(requests, logits, strict=True):
+            assert request.cache is not None
+            request.cache.commit(len(request.tokens))
+            self._guard(request, lambda request, row=row: self._sample(request, row))
 
-    def _sample(self, request: _Request, logits: torch.Tensor) -> None:
+    @staticmethod
+    def _token_row(request: Running) -> TokenRow:
+        assert request.cache is not None
+        position = len(request.tokens) - 1
+        return TokenRow(request.tokens[position], position, request.cache.pages, request.decode, request.num_prompt_tokens)
+
+    def _sample(self, request: Running, logits: torch.Tensor) -> None:
         """Choose a token, stream what is safe to show, and finish the request if it is done."""
         token = request.sampler.sample(logits)
         if not request.first_token:
@@ -493,16 +382,16 @@ class Engine:
         if token in sampling.stop_token_ids or (token in self.eos_token_ids and not sampling.ignore_eos):
             self._emit(request, (token,), flush=True)
             self._finish(request, "stop")
-        elif self._emit(request, (token,), text=request.detokenizer.push(token)):  # type: ignore[attr-defined]
+        elif self._emit(request, (token,), text=request.detokenizer.push(token)):
             self._finish(request, "stop")
         elif request.num_generated >= request.max_tokens:
             stopped = self._emit(request, (), flush=True)
             self._finish(request, "stop" if stopped else "length")
 
-    def _emit(self, request: _Request, token_ids: tuple[int, ...], *, text: str = "", flush: bool = False) -> bool:
+    def _emit(self, request: Running, token_ids: tuple[int, ...], *, text: str = "", flush: bool = False) -> bool:
         """Send new text through the stop strings; ``flush`` also sends what was held back. True if a stop string was found."""
         if flush:
-            text += request.detokenizer.flush()  # type: ignore[attr-defined]
+            text += request.detokenizer.flush()
         shown, stopped = request.stops.push(text)
         if flush and not stopped:
             shown += request.stops.flush()
@@ -510,7 +399,7 @@ class Engine:
         request.on_event(TokenDelta(shown, token_ids))
         return stopped
 
-    def _finish(self, request: _Request, reason: str) -> None:
+    def _finish(self, request: Running, reason: str) -> None:
         now = time.perf_counter()
         first = request.first_token or now
         started = request.admitted or now
@@ -538,17 +427,13 @@ class Engine:
         self._drop(request)
         request.on_event(Finished(output))
 
-    def _drop(self, request: _Request) -> None:
+    def _fail(self, request: Running, error: Exception) -> None:
+        self._drop(request)
+        request.on_event(Failed(error))
+
+    def _drop(self, request: Running) -> None:
+        self._scheduler.remove(request)
+        request.run = None
+        self.reuse.leave(request)
         with self._lock:
-            if request is self._prefilling:
-                self._prefilling = None
-            if request in self._decoding:
-                self._decoding.remove(request)
-        if request.cache is not None:
-            self._index(request)
-            answered = request.cache.num_tokens >= request.num_prompt_tokens
-            (self.prefixes.end if answered else self.prefixes.touch)(request.chain, request.cache.num_tokens // PAGE_TOKENS)
-            if self.store is not None:
-                self.store.flush()
-            request.cache.release()
-            request.cache = None
+            self._known.pop(request.request_id, None)

@@ -14,9 +14,9 @@ Shape legend: T rows of the chunk, H hidden size, I intermediate size, V vocabul
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -29,7 +29,7 @@ from zen_turbo.attention.decode import SparseDecode
 from zen_turbo.attention.fidelity import Fidelity, Observation
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import PAGE_TOKENS, EngineConfig
-from zen_turbo.errors import RequestCancelledError, UnsupportedModelError
+from zen_turbo.errors import UnsupportedModelError
 from zen_turbo.kernels import PageView
 from zen_turbo.models.config import ModelConfig
 from zen_turbo.models.linear import TILE_ROWS, Linear
@@ -51,6 +51,30 @@ class Timers:
     linear_s: float = 0.0
     attend_s: float = 0.0
     select_s: float = 0.0
+
+
+@dataclass
+class ChunkRun:
+    """A chunk on its way through the layers. residual: f32 [T, H]; delta: the last layer's MLP output, not added yet."""
+
+    plan: ChunkPlan
+    pages: LayerPages
+    residual: torch.Tensor
+    delta: torch.Tensor | None
+    fidelity: Fidelity | None
+    decode: SparseDecode | None
+    timers: Timers
+    next_layer: int = 0
+
+
+class TokenRow(NamedTuple):
+    """The next token of one sequence, at ``position``."""
+
+    token_id: int
+    position: int
+    pages: LayerPages
+    decode: SparseDecode | None = None
+    rope_seq_len: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,52 +137,91 @@ class Decoder:
         layer = self._layers[0]
         return [(linear.in_features, linear.out_features) for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
 
-    @torch.inference_mode()
-    def forward(
+    def begin(
         self,
         token_ids: torch.Tensor,
         pages: LayerPages,
         *,
         first_position: int,
-        logits_rows: slice | None = None,
         rope_seq_len: int | None = None,
-        cancelled: Callable[[], bool] | None = None,
         fidelity: Fidelity | None = None,
         decode: SparseDecode | None = None,
-    ) -> tuple[torch.Tensor | None, ChunkPlan]:
-        """Run one chunk (int64 [T]) and store its keys and values at positions first_position and on.
-
-        Returns (logits f32 [rows, V] of ``logits_rows``, or None; the plan used). ``cancelled`` is asked before every layer and makes this
-        raise RequestCancelledError; what was written by then lies beyond the sequence's committed length and is never read. ``fidelity``
-        makes the prefill sparse and ``decode`` the tokens after it, one at a time; without them everything is read. The chunk that ends a
-        prompt is given ``decode`` too, which may learn from it.
-        """
+        timers: Timers | None = None,
+    ) -> ChunkRun:
+        """Begin one chunk (int64 [T]) whose keys and values go to positions first_position and on. ``fidelity`` makes the prefill sparse;
+        without it everything is read. ``decode``: what will select for the answer, where this chunk ends the prompt and it may learn from it."""
         plan = self.attention.plan(first_position, len(token_ids), rope_seq_len=rope_seq_len)
         if fidelity is not None:
             fidelity.begin_chunk(first_position)
         residual = self._embedding[token_ids].float()  # [T, H]
+        return ChunkRun(plan, pages, residual, None, fidelity, decode, timers or Timers())
+
+    @torch.inference_mode()
+    def advance(self, run: ChunkRun) -> bool:
+        """Compute the chunk's next layer; whether layers are left. What is written before the last one lies beyond the sequence's committed
+        length and is never read, so a run may be given up between layers, and any other may come between."""
+        index = run.next_layer
+        self.timers = run.timers
+
+        def attend(qkv: torch.Tensor) -> torch.Tensor:
+            queries, kv = self._store(index, run.plan, qkv, run.pages(index))
+            return self._attend_chunk(index, run, queries, kv)
+
+        run.delta = self._layer(index, run.residual, run.delta, attend)
+        run.next_layer += 1
+        return run.next_layer < len(self._layers)
+
+    @torch.inference_mode()
+    def logits(self, run: ChunkRun, rows: slice) -> torch.Tensor:
+        """Logits of some rows of a chunk that is through all layers, f32 [rows, V]."""
+        assert run.delta is not None and run.next_layer == len(self._layers)
+        self.timers = run.timers
+        return self._logits(run.residual[rows].contiguous(), run.delta[rows].contiguous())
+
+    def forward(
+        self, token_ids: torch.Tensor, pages: LayerPages, *, logits_rows: slice | None = None, **settings: Any
+    ) -> tuple[torch.Tensor | None, ChunkPlan]:
+        """A whole chunk at once; settings as for ``begin``. Returns (logits f32 [rows, V] of ``logits_rows``, or None; the plan used)."""
+        run = self.begin(token_ids, pages, **settings)
+        while self.advance(run):
+            pass
+        return (None if logits_rows is None else self.logits(run, logits_rows)), run.plan
+
+    @torch.inference_mode()
+    def decode_tokens(self, tokens: Sequence[TokenRow]) -> torch.Tensor:
+        """One token of each of several sequences, stored and answered: logits, f32 [tokens, V].
+
+        The linear layers, whose weights a token mostly waits for, run for all of them at once; each attends to its own pages. There are never
+        fewer than two rows, so that a row gives the same bits whoever shares its batch: oneDNN computes a single row in another order.
+        """
+        plans = [self.attention.plan(token.position, 1, rope_seq_len=token.rope_seq_len) for token in tokens]
+        ids = [token.token_id for token in tokens]
+        residual = self._embedding[torch.tensor(ids if len(ids) > 1 else ids * 2)].float()
+        self.timers = Timers()
         delta: torch.Tensor | None = None
-        for index in range(len(self._layers)):
-            if cancelled is not None and cancelled():
-                raise RequestCancelledError("The request was cancelled.")
-            delta = self._layer(index, plan, residual, delta, pages(index), fidelity, decode)
-        if logits_rows is None:
-            return None, plan
+        for index, layer in enumerate(self._layers):
+
+            def attend(qkv: torch.Tensor, index: int = index, windowed: bool = layer.window is not None) -> torch.Tensor:
+                attended = qkv.new_zeros((len(qkv), self.config.num_attention_heads * self.config.head_dim))
+                for row, (token, plan) in enumerate(zip(tokens, plans, strict=True)):
+                    queries, kv = self._store(index, plan, qkv[row : row + 1], token.pages(index))
+                    if token.decode is None or windowed:
+                        lists = self.attention.select(plan, queries, kv, window=self._layers[index].window)
+                        attended[row : row + 1] = self.attention.attend(plan, queries, kv, lists, window=self._layers[index].window)
+                    else:
+                        attended[row : row + 1] = self._attend_token(index, plan, queries, kv, token.decode)
+                return attended
+
+            delta = self._layer(index, residual, delta, attend)
         assert delta is not None
-        return self._logits(residual[logits_rows].contiguous(), delta[logits_rows].contiguous()), plan
+        return self._logits(residual, delta)[: len(tokens)]
 
     def _layer(
-        self,
-        index: int,
-        plan: ChunkPlan,
-        residual: torch.Tensor,
-        delta: torch.Tensor | None,
-        kv: PageView,
-        fidelity: Fidelity | None,
-        decode: SparseDecode | None,
+        self, index: int, residual: torch.Tensor, delta: torch.Tensor | None, attend: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """One block. residual [T, H] is updated in place; ``delta`` is the previous block's MLP output, added here. Returns this block's."""
-        layer, config, rows = self._layers[index], self.config, plan.num_rows
+        """One block. residual [T, H] is updated in place; ``delta`` is the previous block's MLP output, added here. Returns this block's.
+        attend: [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
+        layer, config, rows = self._layers[index], self.config, len(residual)
         eps = config.rms_norm_eps
         x = residual.new_empty((min(rows, TILE_ROWS), config.hidden_size), dtype=self.dtype)
         qkv = residual.new_empty((rows, layer.qkv.out_features), dtype=self.dtype)
@@ -166,17 +229,7 @@ class Decoder:
             part = x[: tile.stop - tile.start]
             kernels.add_rms_norm(residual[tile], delta[tile] if delta is not None else None, layer.input_norm, part, eps=eps)
             qkv[tile] = self._linear(layer.qkv, part)
-        queries = self.attention.store(
-            plan, qkv, kv, rotate=layer.rotate, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps
-        )
-        kv = kv._replace(stored_tokens=plan.first_position + rows)
-        decode = decode if layer.window is None else None
-        if decode is not None and plan.first_position >= decode.prompt_tokens:
-            attended = self._attend_token(index, plan, queries, kv, decode)
-        else:
-            attended = self._attend(index, plan, queries, kv, residual, fidelity)
-            if decode is not None:
-                self.attention.show_prompt_end(plan, queries, kv, decode, index)
+        attended = attend(qkv)
         out = residual.new_empty((rows, config.hidden_size), dtype=self.dtype)
         hidden = residual.new_empty((min(rows, TILE_ROWS), config.intermediate_size), dtype=self.dtype)
         for tile in _tiles(rows):
@@ -185,6 +238,20 @@ class Decoder:
             kernels.silu_mul(self._linear(layer.gate_up, part), gated)
             out[tile] = self._linear(layer.down, gated)
         return out
+
+    def _store(self, index: int, plan: ChunkPlan, qkv: torch.Tensor, kv: PageView) -> tuple[Queries, PageView]:
+        """Keys and values to their pages; the rotated queries, and the pages with what was stored."""
+        layer = self._layers[index]
+        queries = self.attention.store(
+            plan, qkv, kv, rotate=layer.rotate, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=self.config.rms_norm_eps
+        )
+        return queries, kv._replace(stored_tokens=plan.first_position + plan.num_rows)
+
+    def _attend_chunk(self, index: int, run: ChunkRun, queries: Queries, kv: PageView) -> torch.Tensor:
+        attended = self._attend(index, run.plan, queries, kv, run.residual, run.fidelity)
+        if run.decode is not None and self._layers[index].window is None:
+            self.attention.show_prompt_end(run.plan, queries, kv, run.decode, index)
+        return attended
 
     def _attend(
         self, index: int, plan: ChunkPlan, queries: Queries, kv: PageView, residual: torch.Tensor, fidelity: Fidelity | None
