@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from zen_turbo.bench import attention, fidelity, gemm, marginal, prefill, report, text
+from zen_turbo.bench import attention, fidelity, gemm, marginal, prefill, report, serve, text
 from zen_turbo.cli import app
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.request import RequestMetrics, RequestOutput
@@ -355,3 +355,29 @@ def test_text_of_a_folder(tmp_path: Path) -> None:
 def test_prompt_fingerprint_tells_prompts_apart() -> None:
     assert text.fingerprint([1, 23]) != text.fingerprint([12, 3])
     assert text.fingerprint([1, 2]) == text.fingerprint((1, 2))
+
+
+# The server
+
+
+def test_the_server_is_measured_from_outside(tiny_folder: Path) -> None:
+    config = EngineConfig(prefill_chunk_tokens=128, kv_cache_bytes=10 << 20, max_model_len=4096, dtype="float32")
+    record = serve.run(
+        model=str(tiny_folder), cases=serve.CASES, long_tokens=3000, short_every_s=0.02, clients=4, minutes=0.05, config=config
+    )
+    overhead, mixed, load = record["rows"]
+    assert [row["case"] for row in record["rows"]] == list(serve.CASES)
+    assert overhead["offline_s"] > 0 and overhead["vs_offline"] == pytest.approx(overhead["served_s"] / overhead["offline_s"] - 1, rel=1e-3)
+    assert mixed["short_requests"] >= 1 and 0 < mixed["ttft_p50_s"] <= mixed["ttft_p95_s"] <= mixed["ttft_max_s"]
+    assert load["requests"] == load["finished"] + load["cancelled"] + load["errors"] + load["lost"] > 0
+    assert (load["lost"], load["errors"], load["mixed_up"]) == (0, 0, 0), (load["lost_why"], load["error_codes"])
+    for values in ({"cases": ["nothing"]}, {"clients": 0}, {"minutes": 0}):
+        settings = {"model": str(tiny_folder), "cases": ["load"], "long_tokens": 1, "short_every_s": 1, "clients": 1, "minutes": 1, **values}
+        with pytest.raises(ConfigurationError):
+            serve.run(**settings, config=config)
+
+
+def test_settings_become_flags() -> None:
+    assert serve.flags_of(EngineConfig()) == []
+    flags = serve.flags_of(EngineConfig(attention="adaptive", attention_temperature=False, kv_cache_bytes=5))
+    assert flags == ["--attention", "adaptive", "--kv-cache-bytes", "5", "--no-attention-temperature"]

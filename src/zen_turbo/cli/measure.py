@@ -159,6 +159,34 @@ def bench_reuse(
     reuse.run(model=model, lengths=integers(lengths, "lengths"), text=text, config=config, output=output)
 
 
+@bench_app.command("serve")
+@engine_options
+def bench_serve(
+    model: Model = DEFAULT_MODEL,
+    cases: Annotated[str, typer.Option(help="Cases, separated by commas: overhead, short_during_long, load.")] = "overhead,short_during_long,load",
+    long_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the long prompt of short_during_long.")] = 131072,
+    short_every_s: Annotated[float, typer.Option(help="Seconds between the short requests of short_during_long.")] = 15.0,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent clients of load.")] = 64,
+    minutes: Annotated[float, typer.Option(help="Minutes of load.")] = 10.0,
+    output: Output = None,
+    *,
+    config: EngineConfig,
+) -> None:
+    """The server under people: what it costs, short requests beside a long one, and load."""
+    from zen_turbo.bench import serve
+
+    serve.run(
+        model=model,
+        cases=cases.split(","),
+        long_tokens=long_tokens,
+        short_every_s=short_every_s,
+        clients=clients,
+        minutes=minutes,
+        config=config,
+        output=output,
+    )
+
+
 @eval_app.command("passkey")
 @engine_options
 def eval_passkey(
