@@ -10,8 +10,9 @@
 // head without preferences then keeps exactly as many as it needs. A query reads page J with the rotation that attention itself would use,
 // so the estimate is of the mass that attention will find.
 //
-// Means are fp32 in summaries; they are packed once per call into the layout of a K page (keys are then pages), which makes scoring a matrix
-// product: rows of all heads of a group against the same means. Work item = (KV head, query block); one thread does one item.
+// Means are fp32 in summaries; they are packed into the layout of a K page (keys are then pages), which makes scoring a matrix product: rows of
+// all heads of a group against the same means. A caller may keep what was packed: a token of an answer then packs one tile and not all of them.
+// Work item = (KV head, query block); one thread does one item.
 //
 // In decode the block is one row, and the heads of a group share one list (per_kv_head), because a page is then read once for all of them.
 #include "kernels.h"
@@ -71,21 +72,24 @@ static int select_typed(const zt_select_args* a) {
   const int64_t blocks = (a->num_rows + ZT_PAGE - 1) / ZT_PAGE, first_block = a->first_position / ZT_PAGE;
   const int64_t num_pages = first_block + blocks, padded = (num_pages + 63) / 64 * 64, words = padded / 64;
   const int64_t vec_bytes = int64_t(head_dim) * Dot::STORED_BYTES * 16;  // 16 means
-  const int64_t packed_head = padded / 16 * vec_bytes;
+  const int64_t tiles = padded / 16, first_tile = a->packed ? a->valid_tiles : 0;
+  const int64_t packed_head = (a->packed ? a->packed_tiles : tiles) * vec_bytes;
   const int rows = group * int(a->sample_rows), row_pad = (rows + ROWS - 1) / ROWS * ROWS;
   const int64_t q_bytes = Scratch<Dot>::pad(int64_t(row_pad) * head_dim * sizeof(typename Dot::A));
   const int64_t scores_bytes = int64_t(ROWS) * padded * 4, edge_bytes = ROWS * 64 * 4;
   const int64_t energy_bytes = int64_t(group) * padded * 4, row_bytes = Scratch<Dot>::pad(row_pad * 4);
   const int64_t bytes = 3 * q_bytes + scores_bytes + edge_bytes + energy_bytes + row_bytes + NUM_STEPS * int64_t(sizeof(Step)) + 64;
-  char* memory = (char*)__builtin_malloc(size_t(packed_head) * a->kv_heads + size_t(bytes) * a->num_threads + 128);
+  const int64_t own = a->packed ? 0 : packed_head * a->kv_heads;
+  char* memory = (char*)__builtin_malloc(size_t(own) + size_t(bytes) * a->num_threads + 128);
   if (!memory) return ZT_NO_MEMORY;
-  char* packed = (char*)(((uintptr_t)memory + 63) / 64 * 64);
+  char* aligned = (char*)(((uintptr_t)memory + 63) / 64 * 64);
+  char* packed = a->packed ? (char*)a->packed : aligned;
 #pragma omp parallel num_threads(a->num_threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < padded / 16 * a->kv_heads; tile++) {
+    for (int64_t item = 0; item < (tiles - first_tile) * a->kv_heads; item++) {
       alignas(64) typename S::T rounded[256];
-      const int64_t h = tile / (padded / 16), first = tile % (padded / 16) * 16;
+      const int64_t h = item / (tiles - first_tile), first = (first_tile + item % (tiles - first_tile)) * 16;
       typename S::T* to = (typename S::T*)(packed + h * packed_head + first / 16 * vec_bytes);
       if (first + 16 > num_pages - blocks) __builtin_memset(to, 0, size_t(vec_bytes));
       for (int64_t page = first; page < first + 16 && page < num_pages; page++) {
@@ -97,7 +101,7 @@ static int select_typed(const zt_select_args* a) {
           for (int e = 0; e < Dot::PAIR; e++) k[int64_t(d) * 16 + e] = rounded[d + e];
       }
     }
-    char* at = packed + packed_head * a->kv_heads + bytes * omp_get_thread_num();
+    char* at = aligned + own + bytes * omp_get_thread_num();
     at = (char*)(((uintptr_t)at + 63) / 64 * 64);
     typename Dot::A* q[3];
     for (int v = 0; v < 3; v++) q[v] = (typename Dot::A*)at, at += q_bytes;

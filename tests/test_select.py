@@ -8,7 +8,7 @@ from test_kernels import DTYPES, make_view
 
 from zen_turbo import kernels
 from zen_turbo.attention import blocks, reference
-from zen_turbo.kernels import PageView
+from zen_turbo.kernels import PackedMeans, PageView
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f32"])
 NO_ANGLES = (None, None, None)
@@ -97,6 +97,34 @@ def test_energies(
     check_kept(chosen, energies, mass, first_position, sinks=1, local=2)
     again = kernels.select_pages(queries, view, mass, **settings, sink_pages=1, local_pages=2, num_threads=1)
     assert torch.equal(again.bits, chosen.bits) and torch.equal(again.counts, chosen.counts)
+
+
+@dtypes
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_packed_means_are_kept_from_call_to_call(isa: str, head_dim: int, dtype: torch.dtype) -> None:
+    """Chunks, then tokens, then a chunk again with other keys: what is chosen and estimated is what packing anew gives, bit for bit."""
+    heads, kv_heads, length = 4, 2, 64 * 70
+    view = with_summaries(make_view(length // 64, kv_heads, head_dim, dtype), head_dim)
+    kept = view._replace(packed_means=PackedMeans(length // 64, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
+    assert kept.packed_means is not None
+    qkv = random_qkv(length, heads, kv_heads, head_dim, dtype)
+    other = random_qkv(length, heads, kv_heads, head_dim, dtype, seed=1)
+    packed = []
+    for values, start, end in ((qkv, 0, 640), (qkv, 640, 2048), (qkv, 2048, 4000), (qkv, 4000, 4001), (qkv, 4001, 4002), (other, 1984, 2304)):
+        q = store(values[start:end], kept, heads=heads, first_position=start)
+        found = []
+        for each in (kept, view):
+            energies = torch.empty((heads, -(-(end - start) // 64), start // 64 + -(-(end - start) // 64)))
+            settings = {"first_position": start, "scale": 0.125, "span_pages": None, "sink_pages": 1, "local_pages": 2, "energies": energies}
+            chosen = kernels.select_pages((q, None, None), each, torch.full((heads,), 0.7), **settings)
+            found.append((chosen.bits, energies))
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        packed.append(kept.packed_means.num_valid)
+    assert packed == [0, 0, 2, 3, 3, 1]
+    short = view._replace(packed_means=PackedMeans(16, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
+    q = store(qkv, view, heads=heads)
+    with pytest.raises(ValueError, match="too little room"):
+        kernels.select_pages((q, None, None), short, torch.ones(heads), first_position=0, scale=1.0, span_pages=None, sink_pages=1, local_pages=1)
 
 
 @dtypes

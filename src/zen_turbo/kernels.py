@@ -27,10 +27,11 @@ from zen_turbo.errors import KernelError
 ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _INT8 = 2
 _NUM_VARIANTS = 3
+_TILE_PAGES = 16  # pages whose means lie together, as 16 keys of a page do
 
 _pointer = ctypes.c_void_p
 _int64 = ctypes.c_int64
@@ -124,6 +125,9 @@ class _SelectArgs(ctypes.Structure):
         ("local_pages", _int64),
         ("most_pages", _int64),
         ("sample_rows", _int64),
+        ("packed", _pointer),
+        ("packed_tiles", _int64),
+        ("valid_tiles", _int64),
         ("q_heads", _int32),
         ("kv_heads", _int32),
         ("head_dim", _int32),
@@ -172,6 +176,21 @@ class _SiluArgs(ctypes.Structure):
     )
 
 
+class PackedMeans:
+    """Mean keys of a sequence's pages in one layer, packed as scoring reads them and kept from call to call: tiles of 16 pages, [kv_heads, tiles,
+    16 * head_dim] in the dtype of queries, of which the first ``num_valid`` are as the summaries of their pages say. ``store`` and
+    ``select_pages`` keep that number true."""
+
+    def __init__(self, num_pages: int, *, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.tiles = torch.empty((kv_heads, tiles_for(num_pages), _TILE_PAGES * head_dim), dtype=dtype)
+        self.num_valid = 0
+
+
+def tiles_for(num_pages: int) -> int:
+    """Tiles of packed means that so many pages need: whole cache lines of their scores."""
+    return -(-num_pages // 64) * (64 // _TILE_PAGES)
+
+
 class PageView(NamedTuple):
     """The pages of one layer and the page table of one sequence.
 
@@ -180,7 +199,7 @@ class PageView(NamedTuple):
     summaries: float32 [num_slots, num_key_value_heads, 2, head_dim], mean key and mean value of each full page, or None: not kept.
     open_page: uint8 [num_key_value_heads, page_bytes(head_dim, dtype)], for int8 pages: where the page that is not full yet is collected in
     the dtype of the queries; None: pages have that dtype themselves. stored_tokens: how many tokens the sequence has stored, which says which
-    page is open (only read with int8 pages).
+    page is open (only read with int8 pages). packed_means: kept for scoring pages; None: packed anew by every call that scores.
     """
 
     pages: torch.Tensor
@@ -188,6 +207,7 @@ class PageView(NamedTuple):
     summaries: torch.Tensor | None = None
     open_page: torch.Tensor | None = None
     stored_tokens: int = 0
+    packed_means: PackedMeans | None = None
 
 
 def page_bytes(head_dim: int, dtype: torch.dtype) -> int:
@@ -532,6 +552,8 @@ def store(
             _need(weight.dtype == torch.float32 and weight.shape == (head_dim,), f"norm weights must be float32 [{head_dim}]")
     row_stride, head_stride = strides.pop()
     summaries = _summaries(kv, head_dim) if kv.summaries is not None else None
+    if kv.packed_means is not None:
+        kv.packed_means.num_valid = min(kv.packed_means.num_valid, first_position // PAGE_TOKENS // _TILE_PAGES)
     args = _StoreArgs(
         qkv.data_ptr(),
         qkv.stride(0),
@@ -599,6 +621,11 @@ def select_pages(
     for tensor, shape in ((logit_factor, (num_rows,)), (energies, (num_lists, num_blocks, num_pages))):
         if tensor is not None:
             _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
+    packed = kv.packed_means
+    if packed is not None:
+        same = packed.tiles.dtype == first.dtype and packed.tiles.shape[2] == _TILE_PAGES * head_dim and packed.tiles.is_contiguous()
+        _need(same and len(packed.tiles) == kv.pages.shape[1], "packed_means must be of the same heads, head_dim and dtype")
+        _need(packed.tiles.shape[1] >= tiles_for(num_pages), "packed_means has too little room")
     bits = torch.empty((num_lists, num_blocks, -(-num_pages // 64)), dtype=torch.int64)
     counts = torch.empty((num_lists, num_blocks), dtype=torch.int32)
     args = _SelectArgs(
@@ -620,6 +647,9 @@ def select_pages(
         local_pages,
         num_pages if most_pages is None else most_pages,
         sample_rows,
+        packed.tiles.data_ptr() if packed is not None else None,
+        packed.tiles.shape[1] if packed is not None else 0,
+        packed.num_valid if packed is not None else 0,
         num_heads,
         kv.pages.shape[1],
         head_dim,
@@ -629,6 +659,8 @@ def select_pages(
         num_threads or torch.get_num_threads(),
     )
     _call("zt_select_pages", args)
+    if packed is not None:
+        packed.num_valid = max(packed.num_valid, first_position // PAGE_TOKENS // _TILE_PAGES)  # of pages that precede these rows
     return PageBits(bits, counts)
 
 
