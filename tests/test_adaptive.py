@@ -60,12 +60,13 @@ def same(first: tuple[RequestOutput, list[torch.Tensor]], second: tuple[RequestO
     return first[0].token_ids == second[0].token_ids and all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
-@pytest.fixture
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many windows within a short prompt, and a preset that leaves out what even a random model has little of."""
+@pytest.fixture(params=[2048, 6], ids=["whole end", "bounded end"])
+def small_windows(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Many windows within a short prompt, and a preset that leaves out what even a random model has little of; the prompt's end reads all of its
+    24 pages, or six."""
     monkeypatch.setattr(fidelity, "WINDOW_TOKENS", 512)
-    rough = dataclasses.replace(adaptive.PRESETS["turbo"], price=1e-3, mass=(0.6, 0.7), most_pages=None, local_pages=1)
-    monkeypatch.setitem(adaptive.PRESETS, "turbo", rough)
+    settings = {"price": 1e-3, "mass": (0.6, 0.7), "most_pages": None, "local_pages": 1, "end_pages": request.param}
+    monkeypatch.setitem(adaptive.PRESETS, "turbo", dataclasses.replace(adaptive.PRESETS["turbo"], **settings))
 
 
 def test_it_leaves_pages_out_and_says_how_much_it_kept(tiny_folder: Path, small_windows: None) -> None:
@@ -84,6 +85,7 @@ def test_short_prompts_are_dense_to_the_bit(tiny_folder: Path) -> None:
         assert sparse[0].metrics.density == 1 and sparse[0].metrics.recall is None
 
 
+@pytest.mark.parametrize("small_windows", [24], indirect=True)
 def test_all_of_the_mass_is_dense_to_the_bit(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, small_windows: None) -> None:
     monkeypatch.setattr(Fidelity, "mass", lambda self, layer: torch.ones(self._left_out.shape[1]))
     prompt = tiny.tokens(LENGTH)
@@ -91,6 +93,20 @@ def test_all_of_the_mass_is_dense_to_the_bit(tiny_folder: Path, monkeypatch: pyt
     assert same(sparse, dense)
     assert sparse[0].metrics.density == 1
     assert sparse[0].metrics.recall == pytest.approx(1, abs=2e-3)
+
+
+def test_the_end_of_a_prompt_reads_as_many_pages_as_it_may(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else is kept whole, so that what is left out is the end's: three query blocks of 24 pages."""
+    monkeypatch.setattr(Fidelity, "mass", lambda self, layer: torch.ones(self._left_out.shape[1]))
+    kept = {}
+    for end_pages in (6, 12, 22, 24):
+        settings = {"most_pages": None, "local_pages": 1, "end_pages": end_pages}
+        monkeypatch.setitem(adaptive.PRESETS, "turbo", dataclasses.replace(adaptive.PRESETS["turbo"], **settings))
+        metrics = make(tiny_folder).generate(tiny.tokens(LENGTH), GREEDY).metrics
+        kept[end_pages] = round(metrics.density * 24 * 25 / 2)
+        assert (metrics.recall_p5 or 0) < 1 if end_pages < 20 else metrics.recall == pytest.approx(1, abs=2e-3)
+    # Sinks, local pages and the diagonal come on top.
+    assert kept == {6: 300 - (22 - 9) - (23 - 9) - (24 - 9), 12: 300 - (22 - 15) - (23 - 15) - (24 - 15), 22: 300, 24: 300}
 
 
 @pytest.mark.parametrize("chunk", [64, 256, 512])
@@ -279,7 +295,7 @@ def test_a_preset_may_bound_the_pages_of_a_block(tiny_folder: Path, small_window
     def spy(self: Fidelity, chunk: blocks.Chunk, layer: int) -> Any:
         lists = select(self, chunk, layer)
         counts = lists.offsets.diff().view(-1, chunk.num_blocks)[:, list(chunk.sparse_blocks)]
-        most[layer] = max(most[layer], int(counts.max()))
+        most[layer] = max(most[layer], *counts.flatten().tolist(), 0)
         return lists
 
     monkeypatch.setattr(Fidelity, "select", spy)

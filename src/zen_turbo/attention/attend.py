@@ -52,7 +52,7 @@ class ChunkPlan:
         return range(min(max(begin, 0), count), min(max(end, 0), count))
 
     def is_sparse(self, fidelity: Fidelity) -> bool:
-        return self.num_rows > 1 and bool(self.sparse_blocks(fidelity))
+        return self.num_rows > 1 and (bool(self.sparse_blocks(fidelity)) or fidelity.bounds_end(self.first_position, self.num_rows))
 
 
 class Attention:

@@ -7,6 +7,7 @@ span L, no page and no block straddles two spans.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,22 @@ class Chunk:
     def num_pages(self) -> int:
         """Pages up to the last row's."""
         return self.first_block + self.num_blocks
+
+    @property
+    def first_end_block(self) -> int:
+        """The first query block after those that may leave pages out: where the prompt's end begins, if it does in this chunk."""
+        return max(self.sparse_blocks.start, self.sparse_blocks.stop)
+
+    def after(self, block: int) -> Chunk:
+        """The rows from this query block on, all of which may leave pages out."""
+        first, second, third = (query[block * PAGE_TOKENS :] if query is not None else None for query in self.queries)
+        return dataclasses.replace(
+            self,
+            queries=(first, second, third),
+            first_position=self.first_position + block * PAGE_TOKENS,
+            logit_factor=None if self.logit_factor is None else self.logit_factor[block * PAGE_TOKENS :],
+            sparse_blocks=range(self.num_blocks - block),
+        )
 
     def heads(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Every query head with the keys of its KV head (``keys``), which are unpacked once for the heads that share them."""
@@ -210,9 +227,16 @@ def choose_by_mass(chunk: Chunk, mass: torch.Tensor, **settings: Any) -> PageBit
     )
 
 
-def select_by_mass(chunk: Chunk, mass: torch.Tensor, **settings: Any) -> BlockLists:
-    """The lists of what ``choose_by_mass`` gives."""
-    return lists_of(choose_by_mass(chunk, mass, **settings), chunk)
+def select_by_mass(chunk: Chunk, mass: torch.Tensor, *, end_pages: int | None = None, **settings: Any) -> BlockLists:
+    """The lists of what ``choose_by_mass`` gives. The prompt's end reads everything, or with ``end_pages`` so many pages of largest estimated
+    mass, estimated by all of its rows."""
+    chosen, end = choose_by_mass(chunk, mass, **settings), chunk.first_end_block
+    if end_pages is not None and end < chunk.num_blocks and chunk.num_pages > end_pages:
+        settings |= {"most_pages": end_pages, "sample_rows": PAGE_TOKENS}
+        last = choose_by_mass(chunk.after(end), torch.ones_like(mass), **settings)
+        chosen.bits[:, end:], chosen.counts[:, end:] = last.bits, last.counts
+        chunk = dataclasses.replace(chunk, sparse_blocks=range(chunk.sparse_blocks.start, chunk.num_blocks))
+    return lists_of(chosen, chunk)
 
 
 def pages_read(lists: BlockLists, *, block: int, num_blocks: int, num_heads: int) -> torch.Tensor:

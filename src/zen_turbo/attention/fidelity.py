@@ -87,8 +87,8 @@ class Note(NamedTuple):
 class Fidelity:
     """policy: settings of the adaptive policy, which is steered, or another policy, which is only measured.
 
-    dense_below: rows at earlier positions read everything. dense_from: rows at this position and later read everything (the prompt's end).
-    Both are moved to whole query blocks, towards more dense ones.
+    dense_below: rows at earlier positions read everything. dense_from: rows at this position and later are the prompt's end, which reads
+    everything, or with the adaptive policy as many pages as it says. Both are moved to whole query blocks, towards more dense ones.
 
     The end differs from prompt to prompt, so chunks that reach into it must not be shared as a prefix; what is learnt stops before it.
     """
@@ -109,6 +109,11 @@ class Fidelity:
         self._kept = 0
         self._causal = 0
         self._recalls: list[torch.Tensor] = []  # [heads] each
+
+    def bounds_end(self, first_position: int, num_rows: int) -> bool:
+        """Whether these rows reach into the prompt's end, and it does not read everything."""
+        end = first_position + num_rows
+        return isinstance(self._policy, AdaptiveSettings) and end > max(self.dense_from, self.dense_below, self._policy.end_pages * PAGE_TOKENS)
 
     def mass(self, layer: int) -> torch.Tensor:
         """Share of estimated mass to keep in this chunk, float32 [heads]."""
@@ -159,11 +164,16 @@ class Fidelity:
                 position = window * WINDOW_TOKENS + sample * part + place % part
                 if max(first_position, self.dense_below) <= position < last:
                     rows.add(position - first_position)
+        end_row = self.dense_from + PAGE_TOKENS - 1  # of the end's first query block
+        if self.bounds_end(end_row, 1) and first_position <= end_row < first_position + num_rows:
+            rows.add(end_row - first_position)
         return sorted(rows)
 
     def observe_row(self, seen: Observation, *, lse_kept: torch.Tensor, lse_full: torch.Tensor) -> None:
-        """One sampled row, with its log-sum-exps over kept and over all keys, [heads] each."""
+        """One sampled row, with its log-sum-exps over kept and over all keys, [heads] each. The prompt's end teaches nothing about other rows."""
         self._recalls.append(recall_of(lse_kept, lse_full))
+        if seen.position >= self.dense_from:
+            return
         self._observed.append(seen)
         self._page_observations.setdefault(seen.position // PAGE_TOKENS, []).append(seen)
 

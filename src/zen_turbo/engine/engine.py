@@ -61,7 +61,7 @@ from zen_turbo.text.tokenizer import Tokenizer, load_tokenizer
 
 _LOG = logging.getLogger(__name__)
 DCA_MAX_MODEL_LEN = 1_048_576
-DENSE_TAIL_TOKENS = 128  # the prompt's end, where the question is, reads everything
+DENSE_TAIL_TOKENS = 128  # the prompt's end, where the question is, reads everything, or as much as a preset says
 KV_SHARE_OF_FREE_MEMORY = 0.85
 PREFILL_QUANTUM_S = 0.2  # how long one prompt is read before answers and other prompts get their turn; at least one layer of a chunk
 
@@ -288,7 +288,7 @@ class Engine:
         return kind(settings, num_layers=self.model_config.num_hidden_layers, prompt_tokens=prompt_tokens)
 
     def new_fidelity(self, *, dense_from: int) -> Fidelity:
-        """What steers and measures one sparse prefill with the engine's settings; rows from ``dense_from`` on read everything."""
+        """What steers and measures one sparse prefill with the engine's settings; rows from ``dense_from`` on are the prompt's end."""
         policy = policy_of(
             self.config.attention,
             preset=self.config.preset,

@@ -39,7 +39,7 @@ def cache_identity(config: EngineConfig, *, model_fingerprint: str, dual_chunk: 
 
 
 class Reuse:
-    """dense_tail_tokens: rows at a prompt's end that read everything because they are its end, so that their pages are the prompt's own.
+    """dense_tail_tokens: rows at a prompt's end that read more because they are its end, so that their pages are the prompt's own.
     length_matters: keys depend on how long the prompt is (dynamic RoPE)."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Reuse:
             self.store = PageStore(folder, pool, identity=self._identity, facts=facts, quota_bytes=config.store_bytes)
 
     def chain(self, tokens: list[int]) -> Chain:
-        """The pages of a prompt by content. Its own begin where its end makes a difference: at the rows that read everything because they are the
+        """The pages of a prompt by content. Its own begin where its end makes a difference: at the rows that read more because they are the
         last, else at the first token that is not the prompt's."""
         identity = self._identity
         if self._length_matters:

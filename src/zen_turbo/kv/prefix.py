@@ -5,7 +5,7 @@ prefix; the first key starts from an identity, a hash of everything else that ke
 prompts share pages exactly as far as they share tokens.
 
 There are two kinds of pages. **Exact** ones are what any prompt that begins with these tokens computes. **Own** ones belong to one conversation:
-an answer's tokens, and with a sparse policy the rows at a prompt's end, which read everything because they are its end, and whatever follows
+an answer's tokens, and with a sparse policy the rows at a prompt's end, which read more because they are its end, and whatever follows
 them. Another prompt would have computed these differently, so they are found in two cases only: by the very same prompt, and by one that
 continues the conversation, with all tokens of a request that ended, the answer included.
 

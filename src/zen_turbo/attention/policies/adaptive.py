@@ -43,7 +43,8 @@ class AdaptiveSettings:
     """``mass``: share of estimated mass that a head keeps at least, for the layers of each quarter (or other equal part) of the depth.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
     a token, so that a preset that has it reads any length in linear time. ``price``: relative squared output error per page above which a head
-    keeps more, up to ``most_mass``. ``sample_rows``: rows of a query block that are scored."""
+    keeps more, up to ``most_mass``. ``sample_rows``: rows of a query block that are scored. ``end_pages``: pages that the prompt's last rows read,
+    where the question is, in every head; up to so many pages they read everything."""
 
     mass: tuple[float, ...]
     price: float
@@ -52,6 +53,7 @@ class AdaptiveSettings:
     sink_pages: int = 1
     local_pages: int = 4
     sample_rows: int = 8
+    end_pages: int = 2048
 
 
 PRESETS = {
@@ -76,6 +78,7 @@ def select(chunk: Chunk, layer: int, num_layers: int, mass: torch.Tensor, settin
         local_pages=settings.local_pages,
         most_pages=None if settings.most_pages is None else of_depth(settings.most_pages, layer, num_layers),
         sample_rows=settings.sample_rows,
+        end_pages=settings.end_pages,
     )
 
 
