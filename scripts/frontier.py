@@ -1,57 +1,50 @@
-"""Density against what it costs, for every policy on the same kernels: runs ``bench fidelity`` for each and draws docs/images/frontier.svg.
+"""Draws docs/images/frontier.svg: density against what it costs, for every policy on the same kernels.
 
-    .venv/bin/python scripts/frontier.py --lengths 32768 --texts code,novel,qa
+    .venv/bin/python scripts/measure.py --run 'frontier/*'
+    .venv/bin/python scripts/frontier.py
 
-Each policy and setting is a command of its own whose record goes to results/frontier/; one that is there already is not run again. The dense
-pass is shared (--keep-dense). With ``--draw`` nothing is measured.
+The records are those of ``bench fidelity``: results/fidelity_* for the presets, results/frontier/ for everything else. A point is the mean over the
+texts that were measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from zen_turbo.bench.corpora import NAMES
 from zen_turbo.config import PRESETS
 from zen_turbo.evals.heatmap import length_text, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "results" / "frontier"
-
-# name -> (what it is, flags)
-SETTINGS: dict[str, tuple[str, list[str]]] = {
-    **{f"adaptive_{preset}": ("adaptive", ["--attention", "adaptive", "--preset", preset]) for preset in PRESETS},
-    **{f"uniform_{mass}": ("one share for all heads", ["--attention", "adaptive", "--fidelity", f"0.{mass}"]) for mass in (80, 90, 95, 98)},
-    **{name: (name, ["--attention", name]) for name in ("minference", "flexprefill", "xattention", "tri_shape")},
+RESULTS = ROOT / "results"
+# What is drawn as one line, and its records.
+KINDS = {
+    "adaptive": [f"fidelity_*k_{text}_{preset}.json" for text in NAMES for preset in PRESETS],
+    "one share for all heads": ["frontier/uniform_*.json"],
+    **{name: [f"frontier/{name}_*.json"] for name in ("minference", "flexprefill", "xattention", "tri_shape")},
 }
 
 
-def measure(name: str, flags: list[str], options: argparse.Namespace) -> None:
-    output = FOLDER / f"{name}_{options.lengths.replace(',', '_')}.json"
-    if output.exists():
-        return
-    command = [sys.executable, "-m", "zen_turbo", "bench", "fidelity", "--lengths", options.lengths, "--texts", options.texts, *flags]
-    subprocess.run([*command, "--keep-dense", str(options.keep_dense), "--output", str(output)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-
-def draw() -> None:
-    """One panel per length; a point is the mean over texts."""
+def main() -> None:
+    """One panel per length."""
     matplotlib.rcParams["svg.hashsalt"] = "zen-turbo"
     points: dict[int, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for name, (kind, _) in SETTINGS.items():
-        for path in sorted(FOLDER.glob(f"{name}_[0-9]*.json")):
-            rows = read_json(path)["rows"]
-            for length in {row["length"] for row in rows}:
-                mine = [row for row in rows if row["length"] == length]
-                points[length][kind].append((fmean(row["density"] for row in mine), fmean(row["kl"] for row in mine)))
+    for kind, patterns in KINDS.items():
+        settings: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+        for path in (path for pattern in patterns for path in sorted(RESULTS.glob(pattern))):
+            parts = [part for part in path.stem.split("_") if part not in NAMES]  # without the text
+            for row in read_json(path)["rows"]:
+                settings[row["length"], "_".join(parts)].append(row)
+        for (length, _), rows in settings.items():
+            points[length][kind].append((fmean(row["density"] for row in rows), fmean(row["kl"] for row in rows)))
     if not points:
-        raise SystemExit(f"There are no records in {FOLDER}.")
+        raise SystemExit(f"There are no records in {RESULTS}.")
     figure = Figure(figsize=(5.5 * len(points), 4.2), layout="constrained")
     for axes, (length, kinds) in zip(figure.subplots(1, len(points), squeeze=False)[0], sorted(points.items()), strict=True):
         for kind, values in kinds.items():
@@ -63,20 +56,6 @@ def draw() -> None:
         axes.grid(color="#e4e6ea")
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(ROOT / "docs" / "images" / "frontier.svg", metadata={"Date": None})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--lengths", default="32768", help="prompt lengths in tokens, comma-separated (default: 32768)")
-    parser.add_argument("--texts", default="code,novel,qa", help="kinds of text (default: code,novel,qa)")
-    parser.add_argument("--keep-dense", type=Path, default=Path("logs/dense"), help="folder for the dense passes (default: logs/dense)")
-    parser.add_argument("--draw", action="store_true", help="only draw what was measured")
-    options = parser.parse_args()
-    if not options.draw:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        for name, (_, flags) in SETTINGS.items():
-            measure(name, flags, options)
-    draw()
 
 
 if __name__ == "__main__":

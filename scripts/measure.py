@@ -61,12 +61,20 @@ def measurements() -> dict[str, Measurement]:
                 add(f"fidelity_{label}_{text}_{preset}", cost, "bench", "fidelity", *preset_of(preset), *keep)
             quantised = ["--attention", "dense", "--kv-dtype", "int8"]
             add(f"fidelity_{label}_{text}_int8", 4 if label == "32k" else 38, "bench", "fidelity", *quantised, *keep)
+    rivals = {f"uniform_{mass}": ["--attention", "adaptive", "--fidelity", f"0.{mass}"] for mass in (80, 90, 95, 98)}
+    rivals |= {name: ["--attention", name] for name in ("minference", "flexprefill", "xattention", "tri_shape")}
+    for label, length, minutes in (("32k", 32768, 2), ("128k", 131072, 12)):
+        for text in NAMES:
+            for name, policy in rivals.items():
+                options = ["--lengths", str(length), "--texts", text, "--keep-dense", "logs/dense"]
+                add(f"frontier/{name}_{label}_{text}", minutes, "bench", "fidelity", *policy, *options)
     for preset, minutes in (("turbo", 9), ("balanced", 11), ("faithful", 16)):
         add(f"marginal_128k_{preset}", minutes, "bench", "marginal", *preset_of(preset), "--positions", "8192,32768,65536,131072")
         add(f"prefill_{preset}", 3, "bench", "prefill", *preset_of(preset), "--lengths", "4096,8192,16384,32768")
     ends = "32768,131072,524288,999424"
     add("marginal_1m_turbo", 80, "bench", "marginal", *preset_of("turbo"), "--positions", ends, "--kv-dtype", "int8")
     add("decode", 15, "bench", "decode", "--contexts", "4096,32768,131072", "--preset", "turbo")
+    add("serve", 45, "bench", "serve", *preset_of("turbo"))
     add("reuse_128k", 20, "bench", "reuse", "--lengths", "131072", *preset_of("turbo"), "--store", "logs/store")
     return found
 
@@ -75,6 +83,7 @@ def run(name: str, measurement: Measurement) -> None:
     output = RESULTS / f"{name}.json"
     command = [sys.executable, "-m", "zen_turbo", *measurement.command, "--output", str(output)]
     print(f"{name}: {' '.join(command[2:])}", flush=True)
+    output.parent.mkdir(exist_ok=True)
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
