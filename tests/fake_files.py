@@ -21,7 +21,6 @@ class FakeFiles:
     def __init__(self, app: ASGIApp, count: Callable[[str], int]) -> None:
         self._app, self._count = app, count
         self.files: dict[str, dict[str, Any]] = {}
-        self.requests: list[dict[str, Any]] = []  # bodies of chat requests, as they came
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,10 +31,7 @@ class FakeFiles:
             return await (await self._files(request))(scope, receive, send)
         if request.method != "POST" or path not in _READS_MESSAGES:
             return await self._app(scope, receive, send)
-        body = await request.body()
-        asked = json.loads(body)
-        if path == _READS_MESSAGES[0]:
-            self.requests.append(json.loads(body))
+        asked = json.loads(await request.body())
         for message in asked["messages"]:
             if isinstance(message["content"], list):
                 message["content"] = [self._text_part(part) for part in message["content"]]

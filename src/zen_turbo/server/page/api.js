@@ -80,11 +80,11 @@ export class Server {
     const found = [];
     let after = "";
     for (;;) {
-      const page = await this.#json(`v1/files?limit=1000${after}`);
+      const page = await this.#json(`v1/files${after}`);
       found.push(...page.data);
       const last = page.data.at(-1)?.id;
       if (!page.has_more || last === undefined) return found;
-      after = `&after=${encodeURIComponent(last)}`;
+      after = `?after=${encodeURIComponent(last)}`;
     }
   }
 

@@ -27,12 +27,11 @@ export class Conversation {
 
   /**
    * nodes: {list, notKept}. documents: what is chosen. model(): its name, or null before it is known. sampling(): of the next request.
-   * say(text) announces. onChange() after each turn began or ended. onUnauthorised(question): a question was refused for want of a key.
+   * say(text) announces, title(text) shows in the tab. onAgain() after a question was asked again. onChange() after each turn began or ended. onUnauthorised(question): a question was refused for want of a key.
    */
-  constructor(server, nodes, { documents, model, sampling, say, onChange, onUnauthorised }) {
-    Object.assign(this, { server, nodes, documents, model, sampling, say, onChange, onUnauthorised });
-    for (const kept of load(tab, "conversation", [])) {
-      const turn = { ...kept };
+  constructor(server, nodes, { documents, model, sampling, say, title, onAgain, onChange, onUnauthorised }) {
+    Object.assign(this, { server, nodes, documents, model, sampling, say, title, onAgain, onChange, onUnauthorised });
+    for (const turn of load(tab, "conversation", [])) {
       if (RUNNING.includes(turn.state)) {
         turn.state = STOPPED;
         turn.note = "The page was left while this was under way.";
@@ -93,10 +92,9 @@ export class Conversation {
   /** Asks a turn's question again, in a turn of its own at the end. */
   #again(turn) {
     if (this.running) return;
-    this.#turns = this.#turns.filter((each) => each !== turn);
-    this.#views.get(turn).node.remove();
-    this.#views.delete(turn);
+    this.#forget(turn);
     this.ask(turn.question);
+    this.onAgain();
   }
 
   async #run(turn, request) {
@@ -110,8 +108,10 @@ export class Conversation {
     try {
       for await (const chunk of this.server.chat(request, abort.signal)) this.#take(turn, view, chunk);
       turn.state = DONE;
+      this.title(document.hidden ? "Answered" : "");
       this.say("The answer is complete.");
     } catch (error) {
+      this.title("");
       if (abort.signal.aborted) {
         turn.state = STOPPED;
         turn.note = turn.answer ? "Stopped." : "Stopped. What was read is kept, so asking again goes on from there.";
@@ -137,6 +137,7 @@ export class Conversation {
   #forget(turn) {
     this.#turns = this.#turns.filter((each) => each !== turn);
     this.#views.get(turn).node.remove();
+    this.#views.delete(turn);
   }
 
   #take(turn, view, chunk) {
@@ -144,13 +145,15 @@ export class Conversation {
       turn.state = READING;
       view.reading ??= new Reading();
       view.reading.add(chunk.prompt_progress);
+      this.title(`${percent(chunk.prompt_progress.processed, chunk.prompt_progress.total)} read`);
       this.#sayNowAndThen(view);
     }
-    const choice = chunk.choices[0];
+    const choice = chunk.choices?.[0];
     if (choice?.delta?.reasoning_content) turn.thoughts += choice.delta.reasoning_content;
     if (choice?.delta?.content) turn.answer += choice.delta.content;
     if ((choice?.delta?.content || choice?.delta?.reasoning_content) && turn.state !== WRITING) {
       turn.state = WRITING;
+      this.title("Answering");
       this.say("The answer begins.");
     }
     if (choice?.finish_reason) turn.facts = { ...turn.facts, finish: choice.finish_reason, ...chunk.zen_turbo };

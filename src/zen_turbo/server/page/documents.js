@@ -7,6 +7,7 @@ import { bytes, count, percent, plural } from "./words.js";
 
 const AT_ONCE = 3;
 const REMEMBERED = 20_000; // ids of chosen documents
+const KEEP_AFTER_MS = 300;
 const SHOWN_SKIPPED = 200;
 
 const READY = "ready"; // on the server, counted
@@ -50,6 +51,7 @@ export class Documents extends EventTarget {
   #paused = false;
   #drawing = false;
   #loaded = false;
+  #keeping = 0;
   #limit = null;
 
   /** nodes: {list, sum, share, skipped}. say(text) announces; confirm(question, action) asks, and gives whether the answer was yes. */
@@ -187,10 +189,16 @@ export class Documents extends EventTarget {
     requestAnimationFrame(() => {
       this.#drawing = false;
       this.#draw();
-      // What was chosen before is not known until the list is there, and must not be overwritten.
-      if (this.#loaded) save(browser, "chosen", this.chosen.slice(-REMEMBERED).map((document) => document.id));
+      this.#keeping ||= setTimeout(() => this.keep(), KEEP_AFTER_MS);
       this.dispatchEvent(new Event("change"));
     });
+  }
+
+  /** Remembers what is chosen. Before the list is there that is not known, and what is remembered must not be overwritten. */
+  keep() {
+    clearTimeout(this.#keeping);
+    this.#keeping = 0;
+    if (this.#loaded) save(browser, "chosen", this.chosen.slice(-REMEMBERED).map((document) => document.id));
   }
 
   #sumText() {

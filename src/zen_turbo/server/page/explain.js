@@ -27,6 +27,8 @@ export function explain(error) {
       };
     case "loading":
       return { title: "The model is being loaded", text: `Nothing is lost: ask again ${wait}.` };
+    case "file_not_found":
+      return { title: "A document is gone", text: `${sentence(error.message)} The list of documents is up to date again: look at it, then ask again.` };
     case "connection_lost":
       return {
         title: "The connection was lost",

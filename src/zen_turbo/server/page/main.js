@@ -21,6 +21,12 @@ function say(text) {
   requestAnimationFrame(() => (byId("announce").textContent = text));
 }
 
+// Reading may take long enough to look at something else meanwhile.
+function title(text) {
+  document.title = text ? `${text} · zen-turbo` : "zen-turbo";
+}
+document.addEventListener("visibilitychange", () => document.hidden || conversation.running || title(""));
+
 function confirmed(question, action) {
   const dialog = byId("confirm");
   byId("confirm-question").textContent = question;
@@ -96,6 +102,8 @@ const conversation = new Conversation(
     model: () => model?.name ?? null,
     sampling: () => composer.sampling,
     say,
+    title,
+    onAgain: () => byId("stop").focus(),
     onChange: () => {
       composer.running = conversation.running;
       showParts();
@@ -150,7 +158,7 @@ addEventListener("keydown", (event) => {
   conversation.stop();
 });
 
-addEventListener("pagehide", () => conversation.leave());
+addEventListener("pagehide", () => (documents.keep(), conversation.leave()));
 addEventListener("pageshow", () => conversation.comeBack());
 
 byId("about-numbers").addEventListener("click", () => byId("numbers").showModal());

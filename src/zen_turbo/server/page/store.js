@@ -3,11 +3,13 @@
 
 const PREFIX = "zen-turbo.";
 
-/** The value, or the fallback if there is none that parses. */
+/** The value, or the fallback if there is none of the fallback's kind. */
 export function load(storage, name, fallback) {
   try {
     const text = storage().getItem(PREFIX + name);
-    return text === null ? fallback : JSON.parse(text);
+    const value = JSON.parse(text);
+    const same = value !== null && typeof value === typeof fallback && Array.isArray(value) === Array.isArray(fallback);
+    return same ? value : fallback;
   } catch {
     return fallback;
   }
