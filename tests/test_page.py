@@ -410,7 +410,8 @@ def test_too_long_is_said_before_and_after_asking(page: Page, engine: Engine) ->
 
 ERRORS = [
     (429, error("insufficient_memory", need_bytes=3 << 30, have_bytes=1 << 30), "This needs 3.00 GiB and the server can use 1.00 GiB."),
-    (413, "<html>413</html>", "Too large to send."),
+    (413, "<html>413</html>", "Too large to send. The server, or a proxy in front of it, takes no request of this size."),
+    (413, error("request_too_large", body_bytes=3 << 20, max_body_bytes=1 << 20), "This is 3.00 MiB and the server takes 1.00 MiB."),
     (503, error("loading"), "The model is being loaded."),
     (500, error("internal_error"), "Its log says which one."),
     (400, error("invalid_request", "temperature must be between 0 and 10, not 11.0"), "temperature must be between 0 and 10, not 11.0."),
@@ -467,6 +468,35 @@ def test_a_failed_upload_can_be_tried_again(page: Page, url: str) -> None:
     page.get_by_role("button", name="Try again").click()
     expect(page.locator("#documents-sum")).to_contain_text("1 document,")
     assert list(stored(url)) == ["big.txt"]
+
+
+@needs_browser
+def test_a_question_waits_for_the_documents_that_are_being_sent(page: Page, url: str) -> None:
+    held: list[Any] = []
+    bodies = asked(page)
+    page.route("**/v1/files", lambda route: held.append(route) if route.request.method == "POST" else route.continue_())
+    payload = {"name": "late.txt", "mimeType": "text/plain", "buffer": b"Here we go."}
+
+    def ask_while_sending() -> Any:
+        page.locator("#files").set_input_files(payload)
+        expect(page.locator('.document[data-state="sending"]')).to_be_visible()
+        turn = ask(page, "What?")
+        expect(turn.locator(".reading")).to_have_text("Waiting until the documents are sent")
+        return turn
+
+    turn = ask_while_sending()
+    held.pop().fulfill(status=400, body=error("binary_document"))
+    expect(turn.locator(".note")).to_have_text("Not asked: late.txt could not be added. Look at the documents, then ask again.")
+    page.get_by_role("button", name="Delete late.txt").click()
+    turn = ask_while_sending()
+    page.keyboard.press("Escape")
+    expect(turn).to_have_attribute("data-state", "stopped")
+    turn.get_by_role("button", name="Ask again").click()
+    assert bodies == []
+    held.pop().continue_()
+    done(page.locator(".turn").last)
+    (body,) = bodies
+    assert body["messages"][0]["content"][0] == {"type": "file", "file": {"file_id": stored(url)["late.txt"]["id"]}}
 
 
 class Keyed:

@@ -105,8 +105,9 @@ export class Server {
       request.onerror = request.onabort = () => reject(lost());
       request.onload = () => {
         try {
-          if (request.status < 200 || request.status >= 300) throw errorOf(request.status, request.responseText, request.getResponseHeader("Retry-After"));
-          resolve(JSON.parse(request.responseText));
+          const { status, responseText } = request;
+          if (status < 200 || status >= 300) throw errorOf(status, responseText, request.getResponseHeader("Retry-After"));
+          resolve(JSON.parse(responseText));
         } catch (error) {
           reject(error instanceof ApiError ? this.#refused(error) : lost());
         }

@@ -116,7 +116,9 @@ export class Composer {
     total.classList.toggle("over", over);
     if (this.#limit === null) total.textContent = "";
     else if (over) {
-      total.textContent = `About ${plural(tokens, "token")}: more than the ${count(this.#limit)} this model takes. Take out a document or start a new conversation.`;
+      total.textContent =
+        `About ${plural(tokens, "token")}: more than the ${count(this.#limit)} this model takes. ` +
+        "Take out a document or start a new conversation.";
     } else if (tokens > 0) total.textContent = `About ${plural(tokens, "token")} (${percent(tokens, this.#limit)})`;
     else total.textContent = "";
     if (news) this.say(total.textContent);

@@ -11,13 +11,14 @@ const LONGEST_KEPT = 2_000_000; // characters of the conversation that survive a
 const SAY_EVERY_MS = 15_000;
 
 // States of a turn
+const WAITING = "waiting"; // for documents that are being sent
 const SENT = "sent";
 const READING = "reading";
 const WRITING = "writing";
 const DONE = "done";
 const STOPPED = "stopped";
 const FAILED = "failed";
-const RUNNING = [SENT, READING, WRITING];
+const RUNNING = [WAITING, SENT, READING, WRITING];
 
 export class Conversation {
   #turns = [];
@@ -27,7 +28,8 @@ export class Conversation {
 
   /**
    * nodes: {list, notKept}. documents: what is chosen. model(): its name, or null before it is known. sampling(): of the next request.
-   * say(text) announces, title(text) shows in the tab. onAgain() after a question was asked again. onChange() after each turn began or ended. onUnauthorised(question): a question was refused for want of a key.
+   * say(text) announces, title(text) shows in the tab. onAgain() after a question was asked again. onChange() after each turn began or ended.
+   * onUnauthorised(question): a question was refused for want of a key.
    */
   constructor(server, nodes, { documents, model, sampling, say, title, onAgain, onChange, onUnauthorised }) {
     Object.assign(this, { server, nodes, documents, model, sampling, say, title, onAgain, onChange, onUnauthorised });
@@ -80,12 +82,10 @@ export class Conversation {
   /** Gives whether the question was taken: one at a time, and not before the model is known. */
   ask(question) {
     if (this.running || this.model() === null) return false;
-    const chosen = this.documents.chosen.length;
-    const turn = { question, answer: "", thoughts: "", state: SENT, documents: chosen, tokens: this.documents.tokens, facts: null, error: null };
-    const request = { model: this.model(), messages: this.messages(question, { withDocuments: true }), ...this.sampling() };
+    const turn = { question, answer: "", thoughts: "", state: this.documents.busy ? WAITING : SENT, facts: null, error: null };
     this.#turns.push(turn);
     this.#show(turn).node.scrollIntoView({ block: "start" });
-    this.#run(turn, request);
+    this.#run(turn);
     return true;
   }
 
@@ -97,15 +97,33 @@ export class Conversation {
     this.onAgain();
   }
 
-  async #run(turn, request) {
+  /** What is sent for a turn. A document that is still on its way belongs to it: the question waits. Null, and why in the turn, if one failed. */
+  async #request(turn, signal) {
+    const failed = await this.documents.settled(signal);
+    if (failed.length) {
+      const others = failed.length > 1 ? ` and ${count(failed.length - 1)} more` : "";
+      turn.state = STOPPED;
+      turn.note = `Not asked: ${failed[0].name}${others} could not be added. Look at the documents, then ask again.`;
+      return null;
+    }
+    turn.state = SENT;
+    turn.documents = this.documents.chosen.length;
+    turn.tokens = this.documents.tokens;
+    return { model: this.model(), messages: this.messages(turn.question, { withDocuments: true }), ...this.sampling() };
+  }
+
+  async #run(turn) {
     const abort = new AbortController();
     this.#running = { turn, abort };
-    this.say("Sent.");
     this.onChange();
     this.keep();
     const view = this.#views.get(turn);
     const tick = setInterval(() => view.update(), 1000); // time left counts down between chunks
     try {
+      const request = await this.#request(turn, abort.signal);
+      if (request === null) return;
+      view.update();
+      this.say("Sent.");
       for await (const chunk of this.server.chat(request, abort.signal)) this.#take(turn, view, chunk);
       turn.state = DONE;
       this.title(document.hidden ? "Answered" : "");
@@ -122,7 +140,7 @@ export class Conversation {
       } else {
         turn.state = FAILED;
         turn.error = { ...explain(error), retryAt: error.retryAfterS === null ? null : Date.now() + 1000 * error.retryAfterS };
-        if (error.status === 404) this.documents.refresh().catch(() => {}); // a document that is gone, most likely
+        if (error.status === 404 || error.code?.includes("file")) this.documents.refresh().catch(() => {}); // a document that is gone, most likely
       }
     } finally {
       clearInterval(tick);
@@ -217,6 +235,7 @@ class TurnView {
     const thoughts = part("details", { class: "thoughts" });
     thoughts.append(el("summary", {}, "Thoughts"), el("p"));
     this.#parts = {
+      about: part("p", { class: "about" }),
       line: part("p", { class: "reading" }),
       bar,
       thoughts,
@@ -229,8 +248,7 @@ class TurnView {
     this.#parts.copy.append(copyButton("Copy answer", () => turn.answer));
     this.#markdown = new MarkdownView(this.#parts.answer);
     const long = turn.question.length > 400 ? { class: "question long", tabindex: "0" } : { class: "question" };
-    const about = turn.documents ? `With ${plural(turn.documents, "document")}, ${plural(turn.tokens, "token")}` : "Without documents";
-    this.node = el("li", { class: "turn" }, el("h2", long, turn.question), el("p", { class: "about" }, about), ...Object.values(this.#parts));
+    this.node = el("li", { class: "turn" }, el("h2", long, turn.question), ...Object.values(this.#parts));
   }
 
   update() {
@@ -247,11 +265,15 @@ class TurnView {
 
   draw() {
     const turn = this.#turn;
-    const { line, bar, thoughts, answer, note, again, facts, copy } = this.#parts;
+    const { about, line, bar, thoughts, answer, note, again, facts, copy } = this.#parts;
     this.node.dataset.state = turn.state;
     this.node.setAttribute("aria-busy", String(RUNNING.includes(turn.state)));
-    line.hidden = !(turn.state === SENT || turn.state === READING);
+    about.hidden = turn.documents === undefined;
+    if (turn.documents) about.textContent = `With ${plural(turn.documents, "document")}, ${plural(turn.tokens, "token")}`;
+    else about.textContent = "Without documents";
+    line.hidden = ![WAITING, SENT, READING].includes(turn.state);
     bar.hidden = turn.state !== READING;
+    if (turn.state === WAITING) line.textContent = "Waiting until the documents are sent";
     if (turn.state === SENT) line.textContent = "Sent, waiting for the server";
     if (turn.state === READING && this.reading) this.#drawReading(line, bar);
     thoughts.hidden = !turn.thoughts;

@@ -78,6 +78,21 @@ export class Documents extends EventTarget {
     return this.#all.some((document) => document.state === WAITING || document.state === SENDING);
   }
 
+  // "arrival" and not "change": that one comes with drawing, and nothing is drawn in a tab that nobody looks at.
+  /** When what is being sent has arrived. Gives those of it that did not. Raises the signal's reason if it aborts. */
+  async settled(signal) {
+    const pending = this.#all.filter((document) => document.state === WAITING || document.state === SENDING);
+    const under = () => pending.some((document) => this.#all.includes(document) && (document.state === WAITING || document.state === SENDING));
+    while (under()) {
+      await new Promise((resolve) => {
+        this.addEventListener("arrival", resolve, { once: true, signal });
+        signal.addEventListener("abort", resolve, { once: true });
+      });
+      signal.throwIfAborted();
+    }
+    return pending.filter((document) => document.state === FAILED && this.#all.includes(document));
+  }
+
   get empty() {
     return this.#all.length === 0;
   }
@@ -154,6 +169,7 @@ export class Documents extends EventTarget {
       }
     }
     this.#changed();
+    this.dispatchEvent(new Event("arrival"));
   }
 
   async #remove(documents, what) {
@@ -175,6 +191,7 @@ export class Documents extends EventTarget {
     };
     await Promise.all(Array.from({ length: AT_ONCE }, work));
     this.#all = this.#all.filter((document) => !gone.has(document));
+    this.dispatchEvent(new Event("arrival"));
     this.#changed();
     this.say(failures.length ? `Not deleted: ${explain(failures[0]).text}` : `${what} deleted.`);
     if (failures.length) this.#notice(`${plural(failures.length, "document")} could not be deleted. ${explain(failures[0]).text}`);

@@ -23,12 +23,16 @@ export function explain(error) {
           (Number.isFinite(facts.need_bytes) && Number.isFinite(facts.have_bytes)
             ? `This needs ${bytes(facts.need_bytes)} and the server can use ${bytes(facts.have_bytes)}. `
             : `${sentence(error.message)} `) +
-          "Take out a document, or start the server with --kv-dtype int8, which halves what a token needs, or with --store FOLDER, which adds disk to memory.",
+          "Take out a document, or start the server with --kv-dtype int8, which halves what a token needs, or with --store FOLDER, " +
+          "which adds disk to memory.",
       };
     case "loading":
       return { title: "The model is being loaded", text: `Nothing is lost: ask again ${wait}.` };
     case "file_not_found":
-      return { title: "A document is gone", text: `${sentence(error.message)} The list of documents is up to date again: look at it, then ask again.` };
+      return {
+        title: "A document is gone",
+        text: `${sentence(error.message)} The list of documents is up to date again: look at it, then ask again.`,
+      };
     case "connection_lost":
       return {
         title: "The connection was lost",
@@ -43,7 +47,11 @@ export function explain(error) {
     case 413:
       return {
         title: "Too large to send",
-        text: "The server, or a proxy in front of it, takes no request of this size. Split the file, or have the limit raised (nginx: client_max_body_size).",
+        text:
+          Number.isFinite(facts.body_bytes) && Number.isFinite(facts.max_body_bytes)
+            ? `This is ${bytes(facts.body_bytes)} and the server takes ${bytes(facts.max_body_bytes)}. Split the file, or have the limit raised.`
+            : "The server, or a proxy in front of it, takes no request of this size. Split the file, or have the limit raised (nginx: " +
+              "client_max_body_size).",
       };
     case 429:
       return { title: "The server is busy", text: `Nothing is lost: try again ${wait}.` };

@@ -62,22 +62,23 @@ for (const id of ["files", "folder"]) {
 }
 if (!("webkitdirectory" in byId("folder"))) for (const id of ["add-folder", "start-folder"]) byId(id).hidden = true;
 
-let over = 0; // enter and leave come for every element on the way
-const carriesFiles = (event) => filesSupported && event.dataTransfer?.types.includes("Files");
-addEventListener("dragenter", (event) => carriesFiles(event) && (over += 1, document.body.classList.add("dropping")));
-addEventListener("dragleave", (event) => carriesFiles(event) && (over -= 1) <= 0 && endDrag());
-addEventListener("dragover", (event) => carriesFiles(event) && event.preventDefault());
-addEventListener("drop", async (event) => {
-  endDrag();
+// A file that is dropped where nobody takes it replaces the page, so all are taken; what cannot be sent is said.
+const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
+const dropping = (on) => document.body.classList.toggle("dropping", on);
+addEventListener("dragover", (event) => {
   if (!carriesFiles(event)) return;
   event.preventDefault();
-  documents.add(await fromDrop(event.dataTransfer));
+  event.dataTransfer.dropEffect = filesSupported ? "copy" : "none";
+  dropping(filesSupported);
 });
-
-function endDrag() {
-  over = 0;
-  document.body.classList.remove("dropping");
-}
+addEventListener("dragleave", (event) => event.relatedTarget === null && dropping(false)); // out of the window
+addEventListener("drop", async (event) => {
+  dropping(false);
+  if (!carriesFiles(event)) return;
+  event.preventDefault();
+  if (filesSupported) documents.add(await fromDrop(event.dataTransfer));
+  else say(byId("no-files").textContent);
+});
 
 addEventListener("beforeunload", (event) => documents.busy && event.preventDefault());
 
@@ -223,7 +224,8 @@ async function connect() {
     } catch (error) {
       if (mine !== connecting) return;
       if (error.status === 401) return showState("Waiting for an API key");
-      showState(error.code === "loading" ? "The model is being loaded. This page will be ready when it is." : `${explain(error).title}. Trying again.`);
+      const loading = error.code === "loading";
+      showState(loading ? "The model is being loaded. This page will be ready when it is." : `${explain(error).title}. Trying again.`);
       await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
     }
   }
