@@ -156,9 +156,13 @@ def rooms_page() -> str:
             relative = path.relative_to(package)
             room = str(relative.parent) if relative.parent != Path(".") else "."
             rooms.setdefault(room, []).append((relative.name, line))
+    for path in sorted((package / "server" / "page").iterdir()):
+        line = first_line(comment_of(path.read_text()))
+        if line:
+            rooms.setdefault("server/page", []).append((path.name, line))
     for path in sorted((ROOT / "csrc").iterdir()):
         rooms.setdefault("csrc", []).append((path.name, first_line(comment_of(path.read_text()))))
-    for room, files in rooms.items():
+    for room, files in sorted(rooms.items(), key=lambda item: (item[0] == "csrc", item[0])):
         title = {".": "src/zen_turbo", "csrc": "csrc"}.get(room, f"src/zen_turbo/{room}")
         text += f"\n## `{title}`\n\n" + table(("file", "what"), [(f"`{name}`", line) for name, line in files])
     return text

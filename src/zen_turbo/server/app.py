@@ -25,7 +25,7 @@ from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.engine.service import EngineService, RequestStream
 from zen_turbo.errors import InvalidRequestError, ModelNotFoundError
-from zen_turbo.server import errors
+from zen_turbo.server import errors, page
 from zen_turbo.server.chat import Reply, stream_body, whole_answer
 from zen_turbo.server.errors import LoadingError
 from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_chat_request
@@ -109,6 +109,7 @@ def create_app(
     app = FastAPI(title="zen-turbo", version=__version__, lifespan=life)
     app.state.zen_turbo = served
     errors.install(app)
+    page.install(app)
 
     def card() -> dict[str, Any]:
         limit = served.engine.max_model_len
