@@ -79,7 +79,9 @@ def zip_of(members: dict[str, str | bytes], *, method: int = zipfile.ZIP_DEFLATE
     return target.getvalue()
 
 
-CONTAINER = '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles><rootfile full-path="OEBPS/book.opf"/></rootfiles></container>'
+CONTAINER = (
+    '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles><rootfile full-path="OEBPS/book.opf"/></rootfiles></container>'
+)
 
 
 def epub_of(chapters: dict[str, str], *, spine: list[str] | None = None, more: dict[str, str | bytes] | None = None) -> bytes:
@@ -188,7 +190,8 @@ def test_docx(read: Callable[[str, bytes], Reading]) -> None:
 
 def test_docx_says_what_it_says_today(read: Callable[[str, bytes], Reading]) -> None:
     body = (
-        '<w:p><w:pPr><w:tabs><w:tab w:val="left"/></w:tabs></w:pPr><w:r><w:t>a</w:t></w:r><w:ins><w:r><w:t xml:space="preserve"> new</w:t></w:r></w:ins>'
+        '<w:p><w:pPr><w:tabs><w:tab w:val="left"/></w:tabs></w:pPr><w:r><w:t>a</w:t></w:r>'
+        '<w:ins><w:r><w:t xml:space="preserve"> new</w:t></w:r></w:ins>'
         "<w:del><w:r><w:delText>gone</w:delText></w:r></w:del><w:moveFrom><w:r><w:t>moved</w:t></w:r></w:moveFrom>"
         '<w:r><w:footnoteReference w:id="2"/></w:r></w:p>'
         '<mc:AlternateContent xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"><mc:Choice><w:p><w:r><w:t>box</w:t></w:r></w:p>'
@@ -388,7 +391,11 @@ LAUGHS = "<!DOCTYPE w [<!ENTITY a 'ha'>" + "".join(f"<!ENTITY {b} '{f'&{a};' * 1
 
 @pytest.mark.parametrize(
     "prolog",
-    [LAUGHS, "<!DOCTYPE w [<!ENTITY j SYSTEM 'file:///etc/passwd'>]>", "<!DOCTYPE w [<!ENTITY % e SYSTEM 'http://127.0.0.1:9/x'> %e;<!ENTITY j 'x'>]>"],
+    [
+        LAUGHS,
+        "<!DOCTYPE w [<!ENTITY j SYSTEM 'file:///etc/passwd'>]>",
+        "<!DOCTYPE w [<!ENTITY % e SYSTEM 'http://127.0.0.1:9/x'> %e;<!ENTITY j 'x'>]>",
+    ],
     ids=["laughs", "file", "parameter"],
 )
 def test_entities_are_not_read(read: Callable[[str, bytes], Reading], prolog: str) -> None:
@@ -430,7 +437,9 @@ CATALOG, PAGES = "<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 
 FORM = "/Type /XObject /Subtype /Form /BBox [0 0 9 9] /Resources << /XObject << /F 5 0 R /G 5 0 R >> >> "
 HOSTILE_PDFS: dict[str, bytes] = {
     "pages that are their own children": pdf_objects(CATALOG, "<< /Type /Pages /Kids [2 0 R 2 0 R] /Count 2 >>"),
-    "a page tree in a circle": pdf_objects(CATALOG, "<< /Type /Pages /Kids [3 0 R] /Count 9 >>", "<< /Type /Pages /Parent 2 0 R /Kids [2 0 R] /Count 9 >>"),
+    "a page tree in a circle": pdf_objects(
+        CATALOG, "<< /Type /Pages /Kids [3 0 R] /Count 9 >>", "<< /Type /Pages /Parent 2 0 R /Kids [2 0 R] /Count 9 >>"
+    ),
     "a page that is its own parent": pdf_objects(CATALOG, PAGES, "<< /Type /Page /Parent 3 0 R >>"),
     "a reference to itself": pdf_objects(CATALOG, PAGES, PAGE.format(""), "4 0 R"),
     "a form that draws itself": pdf_objects(CATALOG, PAGES, PAGE.format("/XObject << /F 5 0 R >>"), stream(b"/F Do"), stream(b"/F Do /G Do", FORM)),

@@ -16,9 +16,8 @@ from zen_turbo.text.readers.kinds import MAGIC_BYTES, Kind, is_left_out, kind_of
 from zen_turbo.text.readers.limits import check_characters
 from zen_turbo.text.readers.plain import decode_text
 
-__all__ = ["FORMATS", "Document", "Reading", "build_messages", "documents_text", "read_documents", "read_file"]
+__all__ = ["Document", "Reading", "build_messages", "documents_text", "read_documents", "read_file"]
 
-FORMATS = "text, source code, Markdown, HTML, PDF, EPUB, DOCX, or a ZIP archive of these"
 _SYSTEM = "You are a helpful assistant. Answer the question from the documents that the user gives you, briefly and exactly."
 
 

@@ -1,8 +1,8 @@
 """The process that reads a hostile file: ``python -I -m zen_turbo.text.readers.worker``, started by ``apart``.
 
 A request is a line of JSON on standard input: path, label, kind and limits. A reply is its length in bytes, as 8 bytes with the largest
-first, then JSON on standard output: documents and skipped, or error, and exhausted where the next file had better get another process. The kernel holds this process to its memory, its time, and to writing no
-file; whatever a file makes of it, what started it goes on.
+first, then JSON on standard output: documents and skipped, or error, and exhausted where the next file had better get another process.
+The kernel holds this process to its memory, its time, and to writing no file; whatever a file makes of it, what started it goes on.
 """
 
 from __future__ import annotations
