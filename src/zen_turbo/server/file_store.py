@@ -284,9 +284,12 @@ class FileStore:
         return self._open_part(file_id, "content")
 
     def documents(self, file_id: str) -> tuple[Document, ...]:
-        """Raises UploadedFileNotFoundError."""
+        """Raises UploadedFileNotFoundError, and DocumentError if what was read is damaged on disk."""
         with self._open_part(file_id, "documents.json") as part:
-            return tuple(Document(label, text) for label, text in json.load(part))
+            try:
+                return tuple(Document(label, text) for label, text in json.load(part))
+            except (OSError, ValueError, TypeError) as error:
+                raise DocumentError(f"What was read of {file_id} is damaged; delete it and upload the file again.") from error
 
     def set_tokens(self, file_id: str, fingerprint: str, count: int) -> StoredFile:
         """Keep a count. Raises UploadedFileNotFoundError."""

@@ -197,8 +197,9 @@ async def _form(request: Request, max_bytes: int) -> AsyncIterator[tuple[BinaryI
                 raise RequestTooLargeError("The request", num_bytes=count, max_bytes=max_bytes)
             yield piece
 
+    parser = MultiPartParser(request.headers, counted(), max_files=1, max_fields=_MAX_FIELDS)
     try:
-        form = await MultiPartParser(request.headers, counted(), max_files=1, max_fields=_MAX_FIELDS).parse()
+        form = await parser.parse()
     except MultiPartException as error:
         raise InvalidRequestError(f"The form cannot be read: {error.message}", param="file") from error
     except ClientDisconnect as error:
@@ -218,6 +219,8 @@ async def _form(request: Request, max_bytes: int) -> AsyncIterator[tuple[BinaryI
         yield file.file, name, str(purpose)
     finally:
         await form.close()
+        for unfinished in getattr(parser, "_files_to_close_on_error", ()):  # of a form that ends too early, which the library takes for whole
+            unfinished.close()
 
 
 async def _drain(request: Request) -> None:

@@ -124,6 +124,8 @@ class ReaderProcess:
         if self._stopped:
             return DocumentError(f"{label} was not read: its reader was stopped.")
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        if status == -signal.SIGKILL:
+            how += ", as the system does when memory runs out"
         return DocumentError(f"{label} cannot be read: its reader {how}.")
 
 

@@ -16,8 +16,8 @@ class Limits:
     ratio              unpacked over packed size of one member of a mebibyte or more; text reaches 20, office XML 100, a bomb 1,000
     members            entries of an archive: more than most source trees have
     memory_bytes       address space of the process that reads
-    cpu_s, wall_s      a PDF takes 10 to 50 ms a page, and the longest that fit into a context have some 4,000 pages; the wall clock allows for
-                       a machine that is busy with a prompt, and ends before clients do (600 s)
+    cpu_s, wall_s      a PDF takes some 50 ms a page, and the longest that fit into a context have 2,500 pages; the wall clock allows for a
+                       machine that is busy with a prompt, and ends before clients do (600 s)
     """
 
     text_characters: int = 32 << 20

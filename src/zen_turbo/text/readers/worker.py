@@ -7,6 +7,7 @@ The kernel holds this process to its memory, its time, and to writing no file; w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -90,6 +91,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    # Where memory runs out all the same, the kernel should end this process and not the one with the model.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints must not spoil a reply
     for line in sys.stdin.buffer:
