@@ -103,8 +103,8 @@ def docx_of(*paragraphs: str) -> bytes:
     file.add_heading("The Report", 1)
     for paragraph in paragraphs:
         file.add_paragraph(paragraph)
-    table = file.add_table(rows=2, cols=2)
-    for row, names in zip(table.rows, (("city", "people"), ("Rome", "2,8 million")), strict=True):
+    table = file.add_table(rows=3, cols=2)
+    for row, names in zip(table.rows, (("city", "people"), ("Rome", "2,8 million"), ("", "total")), strict=True):
         for cell, name in zip(row.cells, names, strict=True):
             cell.text = name
     target = io.BytesIO()
@@ -184,7 +184,7 @@ def test_epub_is_read_in_the_order_of_its_spine(read: Callable[[str, bytes], Rea
 
 def test_docx(read: Callable[[str, bytes], Reading]) -> None:
     data = docx_of("The sky is blue.", "Ünïcödé\tand a tab.")
-    assert text_of(read("a.docx", data)) == "The Report\nThe sky is blue.\nÜnïcödé\tand a tab.\ncity\tpeople\nRome\t2,8 million"
+    assert text_of(read("a.docx", data)) == "The Report\nThe sky is blue.\nÜnïcödé\tand a tab.\ncity\tpeople\nRome\t2,8 million\n\ttotal"
     assert text_of(read("a.zip", data)) == text_of(read("a.docx", data))
 
 
@@ -208,9 +208,9 @@ def test_docx_says_what_it_says_today(read: Callable[[str, bytes], Reading]) -> 
 def test_html() -> None:
     page = (
         "<!doctype html><title>no</title><style>p {}</style><p>one\n  two<b>three</b><br>four &lt;five&gt;<table><tr><td> a\tb</td><td>c</td></tr>"
-        "<tr><th>d<td>e</table><pre>\ndef f():\n    return  1\n</pre><script>no()</script><p>end"
+        "<tr><th>d<td>e<tr><td></td><td>f</table><pre>\ndef f():\n    return  1\n</pre><script>no()</script><p>end"
     )
-    expected = ["one twothree", "four <five>", "a b\tc", "d\te", "def f():", "    return  1", "end"]
+    expected = ["one twothree", "four <five>", "a b\tc", "d\te", "\tf", "def f():", "    return  1", "end"]
     assert html_to_text(page).split("\n") == expected
 
 

@@ -103,7 +103,7 @@ class _Text:
         pass
 
     def text(self) -> str:
-        lines = (line.strip() for line in "".join(self._parts).replace(" \t", "\t").split("\n"))
+        lines = (line.rstrip().lstrip(" ") for line in "".join(self._parts).replace(" \t", "\t").split("\n"))
         return "\n".join(line for line in lines if line)
 
     def _add(self, text: str) -> None:

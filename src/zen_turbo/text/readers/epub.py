@@ -33,6 +33,7 @@ def text_of_epub(package: Package, label: str, budget: Budget) -> str:
     items = {item.get("id"): item for item in _named(book, "item")}
     encrypted = _encrypted(package)
     texts = [_title(book)]
+    budget.take_text(len(texts[0]))
     for reference in _named(book, "itemref"):
         item = items.get(reference.get("idref"))
         if item is None:

@@ -23,13 +23,17 @@ class _Text(html.parser.HTMLParser):
         self._line: list[str] = []
         self._hidden = 0
         self._preformatted = 0
+        self._first_cell = True
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._hidden += tag in _HIDDEN
         if tag in _BLOCKS:
             self.end_line()
-        elif tag in _CELLS and self._line:
-            self._line.append("\t")
+            self._first_cell = self._first_cell or tag == "tr"
+        elif tag in _CELLS:
+            if not self._first_cell:
+                self._line.append("\t")
+            self._first_cell = False
         self._preformatted += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
@@ -50,7 +54,7 @@ class _Text(html.parser.HTMLParser):
         if self._preformatted:
             self.lines += [line.rstrip() for line in text.strip("\r\n").splitlines()]
             return
-        line = "\t".join(" ".join(cell.split()) for cell in text.split("\t")).strip()  # tabs are between cells only
+        line = "\t".join(" ".join(cell.split()) for cell in text.split("\t")).rstrip()  # tabs are between cells only
         if line:
             self.lines.append(line)
 

@@ -50,16 +50,17 @@ def read_pdf(file: BinaryIO, label: str, budget: Budget) -> str:
         raise DocumentError(f"{label} has {count} pages and no text, as scans have; it needs text recognition first.")
     if count > 1:
         texts = [f"[page {number}]\n{text}" for number, text in enumerate(texts, 1)]
-    return "\n\n".join([*_title(reader), *texts])
+    return "\n\n".join([*_title(reader, budget), *texts])
 
 
-def _title(reader: pypdf.PdfReader) -> list[str]:
+def _title(reader: pypdf.PdfReader, budget: Budget) -> list[str]:
     try:
         title = " ".join(_clean(str((reader.metadata and reader.metadata.title) or "")).split())
     except MemoryError:
         raise
     except Exception:  # the text is there, and that is what was asked for
         return []
+    budget.take_text(len(title))
     return [f"Title: {title}"] if title else []
 
 
