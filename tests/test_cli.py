@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import httpx
 import openai
 import pytest
+from test_documents import docx_of, epub_of, pdf_of, zip_of
 
 from zen_turbo.cli import main
 from zen_turbo.config import EngineConfig
@@ -75,6 +76,17 @@ def test_a_folder_is_read_and_what_was_left_out_is_said(run: Any, tiny_folder: P
     assert ran.status == 0
     assert "1 files were left out" in ran.err and "picture.bin" in ran.err
     assert "1 document(s)" in ran.err
+
+
+def test_every_format_can_be_asked_about(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    archive = zip_of({"e.txt": "!", "f.txt": "?"})
+    files = {"a.pdf": pdf_of("The sky"), "b.docx": docx_of("is"), "c.epub": epub_of({"x.xhtml": "blue."}), "d.zip": archive}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    ran = run("ask", "What?", *(tmp_path / name for name in files), "--model", tiny_folder, "--max-tokens", "2", *ROOM)
+    assert ran.status == 0 and "5 document(s)" in ran.err
+    ran = run("ask", "What?", tmp_path, "--model", tiny_folder, "--max-tokens", "2", *ROOM)
+    assert "3 document(s)" in ran.err and "d.zip is an archive inside a folder" in ran.err
 
 
 def test_an_answer_cut_off_says_so(run: Any, tiny_folder: Path, document: Path) -> None:
@@ -373,6 +385,14 @@ def test_serve_answers_and_ends_when_told(tiny_folder: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_serve_refuses_a_folder_that_it_cannot_use(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    process = start(["serve", "--port", "0", "--files-dir", tmp_path / "file"])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error [invalid_configuration]" in err and "Traceback" not in err
 
 
 def test_serve_says_why_it_ends(tmp_path: Path) -> None:

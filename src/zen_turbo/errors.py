@@ -9,6 +9,8 @@ refines, so ``except ValueError`` keeps working.
         EmptyPromptError                       empty_prompt              400
         ContextLengthExceededError             context_length_exceeded   400
         UnsupportedParameterError              unsupported_parameter     400
+        RequestTooLargeError                   request_too_large         413
+        FileQuotaExceededError                 file_quota_exceeded       400
       ConfigurationError (ValueError)          invalid_configuration     400
       ModelNotFoundError (LookupError)         model_not_found           404
       CheckpointError (ValueError)             invalid_checkpoint        500
@@ -19,6 +21,11 @@ refines, so ``except ValueError`` keeps working.
       DocumentError (ValueError)               unreadable_document       400
         DocumentNotFoundError                  document_not_found        400
         BinaryDocumentError                    binary_document           400
+        EncryptedDocumentError                 encrypted_document        400
+        DocumentTooLargeError                  document_too_large        400
+        DocumentTimeoutError                   document_timeout          400
+      UploadedFileNotFoundError (LookupError)  file_not_found            404
+      ReadersBusyError                         readers_busy              429
       InsufficientMemoryError (MemoryError)    insufficient_memory       429
       KernelError (RuntimeError)               kernel_unavailable        500
       RequestCancelledError (RuntimeError)     request_cancelled         499
@@ -84,6 +91,33 @@ class UnsupportedParameterError(InvalidRequestError):
     code = "unsupported_parameter"
 
 
+class RequestTooLargeError(InvalidRequestError):
+    """More bytes than are accepted; ``num_bytes`` (at least so many came or were announced) and ``max_bytes`` carry both numbers."""
+
+    code = "request_too_large"
+    http_status = 413
+
+    def __init__(self, what: str, *, num_bytes: int, max_bytes: int, param: str | None = "file") -> None:
+        super().__init__(
+            f"{what} has {num_bytes} bytes or more; at most {max_bytes} are accepted.", param=param, num_bytes=num_bytes, max_bytes=max_bytes
+        )
+
+
+class FileQuotaExceededError(InvalidRequestError):
+    """Uploaded files take all the room they may; ``need`` and ``have`` (left) carry both numbers, in ``unit``."""
+
+    code = "file_quota_exceeded"
+
+    def __init__(self, *, need: int, have: int, unit: str = "bytes") -> None:
+        super().__init__(
+            f"The file needs {need} {unit} but only {have} are left of what uploaded files may take; delete some.",
+            param="file",
+            need=need,
+            have=have,
+            unit=unit,
+        )
+
+
 class ConfigurationError(ZenTurboError, ValueError):
     code = "invalid_configuration"
     http_status = 400
@@ -125,6 +159,34 @@ class DocumentNotFoundError(DocumentError):
 
 class BinaryDocumentError(DocumentError):
     code = "binary_document"
+
+
+class EncryptedDocumentError(DocumentError):
+    code = "encrypted_document"
+
+
+class DocumentTooLargeError(DocumentError):
+    """Reading would exceed a limit; ``details`` holds it as ``max_...``, and beside it what was found."""
+
+    code = "document_too_large"
+
+
+class DocumentTimeoutError(DocumentError):
+    """Reading took longer than ``max_cpu_s`` or ``max_wall_s`` seconds."""
+
+    code = "document_timeout"
+
+
+class UploadedFileNotFoundError(ZenTurboError, LookupError):
+    code = "file_not_found"
+    http_status = 404
+
+
+class ReadersBusyError(ZenTurboError):
+    """As many documents of requests are being read as may be at once."""
+
+    code = "readers_busy"
+    http_status = 429
 
 
 class InsufficientMemoryError(ZenTurboError, MemoryError):

@@ -23,7 +23,10 @@ _SHOWN_SKIPPED_FILES = 10
 @engine_options
 def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
-    documents: Annotated[list[Path], typer.Argument(metavar="FILE|FOLDER...", help="Text files, or folders to read recursively.")],
+    documents: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE|FOLDER...", help="Text, source code, Markdown, HTML, PDF, EPUB, DOCX, ZIP archives of these, or folders."),
+    ],
     model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = DEFAULT_MODEL,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -35,7 +38,11 @@ def ask(
     *,
     config: EngineConfig,
 ) -> None:
-    """Ask a question about documents and get the answer."""
+    """Ask a question about documents and get the answer.
+
+    Documents are text, source code, Markdown, HTML, PDF (text layer), EPUB and DOCX files, ZIP archives of these, and folders, which are read
+    recursively.
+    """
     from zen_turbo.engine.request import Event, SamplingParams, TokenDelta
     from zen_turbo.errors import EmptyPromptError
     from zen_turbo.progress import prefill_bar

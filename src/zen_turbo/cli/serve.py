@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from zen_turbo.cli.ask import DEFAULT_MODEL, MODEL_HELP, load_llm
 from zen_turbo.cli.engine_flags import engine_options
 from zen_turbo.config import EngineConfig
 from zen_turbo.errors import ConfigurationError
+from zen_turbo.server.file_store import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_QUOTA_BYTES
 
 logger = logging.getLogger("zen_turbo.server")
 
@@ -24,6 +26,11 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="Name clients use. Default: the model's own.")] = None,
     default_max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens, of a request that names no limit.")] = 4096,
     keep_alive_s: Annotated[float, typer.Option(min=0.05, help="Seconds of silence after which a stream sends a comment.")] = 15.0,
+    files_dir: Annotated[
+        Path | None, typer.Option(help="Folder in which uploaded files stay until they are deleted. Default: a temporary one, removed at exit.")
+    ] = None,
+    max_upload_bytes: Annotated[int, typer.Option(min=1, help="Largest file that can be uploaded, in bytes.")] = DEFAULT_MAX_UPLOAD_BYTES,
+    files_quota_bytes: Annotated[int, typer.Option(min=1, help="Most bytes that all uploaded files and their text may take.")] = DEFAULT_QUOTA_BYTES,
     *,
     config: EngineConfig,
 ) -> None:
@@ -52,6 +59,9 @@ def serve(
         keep_alive_s=keep_alive_s,
         default_max_tokens=default_max_tokens,
         on_failure=stop,
+        files_dir=files_dir,
+        max_upload_bytes=max_upload_bytes,
+        files_quota_bytes=files_quota_bytes,
     )
     server = uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=5))
     server.run(sockets=[listener])

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -26,8 +27,10 @@ from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.engine.service import EngineService, RequestStream
 from zen_turbo.errors import InvalidRequestError, ModelNotFoundError
 from zen_turbo.server import errors, page
+from zen_turbo.server import files as files_api
 from zen_turbo.server.chat import Reply, stream_body, whole_answer
 from zen_turbo.server.errors import LoadingError
+from zen_turbo.server.file_store import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_QUOTA_BYTES, FileStore
 from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_chat_request
 
 logger = logging.getLogger("zen_turbo.server")
@@ -95,9 +98,13 @@ def create_app(
     keep_alive_s: float = 15.0,
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
     on_failure: Callable[[], None] = lambda: None,
+    files_dir: Path | None = None,
+    max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES,
+    files_quota_bytes: int = DEFAULT_QUOTA_BYTES,
 ) -> FastAPI:
     """``load`` runs in a thread when the application starts; ``on_failure`` is called in it if it raises, and ``app.state.zen_turbo.failure``
-    then holds the exception. ``default_max_tokens``: longest answer of a request that names no limit."""
+    then holds the exception. ``default_max_tokens``: longest answer of a request that names no limit. ``files_dir``: where uploaded files stay, None
+    for a temporary folder; raises ConfigurationError if it cannot be used."""
     served = ServedModel(load, model_name, on_failure)
 
     @contextlib.asynccontextmanager
@@ -105,11 +112,14 @@ def create_app(
         served.start()
         yield
         await asyncio.to_thread(served.close)
+        await asyncio.to_thread(files.close)
 
     app = FastAPI(title="zen-turbo", version=__version__, lifespan=life)
     app.state.zen_turbo = served
     errors.install(app)
     page.install(app)
+    store = FileStore(files_dir, quota_bytes=files_quota_bytes)
+    files = files_api.install(app, store, lambda: served.engine if served.ready else None, max_upload_bytes=max_upload_bytes)
 
     def card() -> dict[str, Any]:
         limit = served.engine.max_model_len
@@ -141,7 +151,7 @@ def create_app(
         if (asked.prompt is None) == (asked.messages is None):
             raise InvalidRequestError("Send either prompt or messages.", param="prompt")
         if asked.messages is not None:
-            tokens = engine.chat_template.encode(asked.messages)
+            tokens = engine.chat_template.encode(files.expand(asked.messages))
         else:
             tokens = engine.tokenizer.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens)
         strings = [engine.tokenizer.decode([token]) for token in tokens] if asked.return_token_strs else None
@@ -157,7 +167,7 @@ def create_app(
     def count_input(body: bytes) -> dict[str, Any]:
         chat = parse_chat_request(body)
         _check_model(chat.model, served.name)
-        return {"input_tokens": len(served.engine.chat_template.encode(chat.messages, **chat.template_options()))}
+        return {"input_tokens": len(served.engine.chat_template.encode(files.expand(chat.messages), **chat.template_options()))}
 
     def about_text(path: str, work: Callable[[bytes], dict[str, Any]]) -> None:
         """A route that computes on text alone, in a worker thread: a million tokens take seconds."""
@@ -178,7 +188,7 @@ def create_app(
         chat = parse_chat_request(body)
         _check_model(chat.model, served.name)
         sampling = chat.sampling(default_max_tokens)
-        prompt = served.engine.chat_template.encode(chat.messages, **chat.template_options())
+        prompt = served.engine.chat_template.encode(files.expand(chat.messages), **chat.template_options())
         if chat.max_tokens is None and chat.max_completion_tokens is None:
             sampling = _shorten(sampling, served.engine.max_model_len - len(prompt))
         return chat, service.submit(prompt, sampling, request_id=request_id)
