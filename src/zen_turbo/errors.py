@@ -9,6 +9,10 @@ refines, so ``except ValueError`` keeps working.
         EmptyPromptError                       empty_prompt              400
         ContextLengthExceededError             context_length_exceeded   400
         UnsupportedParameterError              unsupported_parameter     400
+      InvalidApiKeyError (PermissionError)     invalid_api_key           401
+      ForbiddenOriginError (PermissionError)   forbidden_origin          403
+      RequestTooLargeError (ValueError)        request_too_large         413
+      RateLimitExceededError (RuntimeError)    rate_limit_exceeded       429
       ConfigurationError (ValueError)          invalid_configuration     400
       ModelNotFoundError (LookupError)         model_not_found           404
       CheckpointError (ValueError)             invalid_checkpoint        500
@@ -22,6 +26,7 @@ refines, so ``except ValueError`` keeps working.
       InsufficientMemoryError (MemoryError)    insufficient_memory       429
       KernelError (RuntimeError)               kernel_unavailable        500
       RequestCancelledError (RuntimeError)     request_cancelled         499
+        ShuttingDownError                      shutting_down             503
 
 Assertions are for our own invariants and never for input.
 """
@@ -82,6 +87,42 @@ class ContextLengthExceededError(InvalidRequestError):
 
 class UnsupportedParameterError(InvalidRequestError):
     code = "unsupported_parameter"
+
+
+class InvalidApiKeyError(ZenTurboError, PermissionError):
+    code = "invalid_api_key"
+    http_status = 401
+
+
+class ForbiddenOriginError(ZenTurboError, PermissionError):
+    """A browser says that the request comes from a page of another site, or was sent to a name that is not this server's."""
+
+    code = "forbidden_origin"
+    http_status = 403
+
+
+class RequestTooLargeError(ZenTurboError, ValueError):
+    """``body_bytes`` is what was announced or, without an announcement, what had come when it was too much; ``max_body_bytes`` is the limit."""
+
+    code = "request_too_large"
+    http_status = 413
+
+    def __init__(self, *, body_bytes: int, max_body_bytes: int) -> None:
+        super().__init__(
+            f"The request body has {body_bytes} bytes or more; at most {max_body_bytes} bytes are accepted here.",
+            body_bytes=body_bytes,
+            max_body_bytes=max_body_bytes,
+        )
+
+
+class RateLimitExceededError(ZenTurboError, RuntimeError):
+    """Too much at once; the same request may work later. ``reason``: which limit. ``retry_after_s``: when to try again, in seconds."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+
+    def __init__(self, message: str, *, reason: str, limit: int, retry_after_s: int) -> None:
+        super().__init__(message, reason=reason, limit=limit, retry_after_s=retry_after_s)
 
 
 class ConfigurationError(ZenTurboError, ValueError):
@@ -148,3 +189,8 @@ class KernelError(ZenTurboError, RuntimeError):
 class RequestCancelledError(ZenTurboError, RuntimeError):
     code = "request_cancelled"
     http_status = 499
+
+
+class ShuttingDownError(RequestCancelledError):
+    code = "shutting_down"
+    http_status = 503

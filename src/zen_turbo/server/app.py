@@ -24,11 +24,13 @@ from zen_turbo import __version__
 from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.engine.service import EngineService, RequestStream
-from zen_turbo.errors import InvalidRequestError, ModelNotFoundError
-from zen_turbo.server import errors
+from zen_turbo.errors import InvalidRequestError, ModelNotFoundError, ShuttingDownError
+from zen_turbo.server import errors, openapi
 from zen_turbo.server.chat import Reply, stream_body, whole_answer
 from zen_turbo.server.errors import LoadingError
+from zen_turbo.server.operations import Operations
 from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_chat_request
+from zen_turbo.server.settings import ServerSettings
 
 logger = logging.getLogger("zen_turbo.server")
 
@@ -38,12 +40,13 @@ DEFAULT_MAX_TOKENS = 4096
 class ServedModel:
     """The engine behind the routes. ``failure``: why loading ended without one."""
 
-    def __init__(self, load: Callable[[], Engine], name: str, on_failure: Callable[[], None]) -> None:
+    def __init__(self, load: Callable[[], Engine], name: str, on_failure: Callable[[], None], operations: Operations) -> None:
         self.name = name
         self.created = int(time.time())
         self.failure: Exception | None = None
         self._load = load
         self._on_failure = on_failure
+        self.operations = operations
         self._service: EngineService | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -60,15 +63,14 @@ class ServedModel:
             return
         with self._lock:
             if not self._closed:
-                self._service = EngineService(engine)
+                self._service = self.operations.service(engine)
                 logger.info("%s is ready, up to %d tokens", self.name, engine.max_model_len)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            service, self._service = self._service, None
-        if service is not None:
-            service.close()
+        if self._service is not None:
+            self._service.close(ShuttingDownError("The server is shutting down."))
 
     @property
     def ready(self) -> bool:
@@ -95,10 +97,12 @@ def create_app(
     keep_alive_s: float = 15.0,
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
     on_failure: Callable[[], None] = lambda: None,
+    settings: ServerSettings | None = None,
 ) -> FastAPI:
     """``load`` runs in a thread when the application starts; ``on_failure`` is called in it if it raises, and ``app.state.zen_turbo.failure``
-    then holds the exception. ``default_max_tokens``: longest answer of a request that names no limit."""
-    served = ServedModel(load, model_name, on_failure)
+    then holds the exception. ``default_max_tokens``: longest answer of a request that names no limit. ``settings``: keys and limits."""
+    operations = Operations(settings or ServerSettings(), model_name)
+    served = ServedModel(load, model_name, on_failure, operations)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -106,9 +110,11 @@ def create_app(
         yield
         await asyncio.to_thread(served.close)
 
-    app = FastAPI(title="zen-turbo", version=__version__, lifespan=life)
+    app = FastAPI(title="zen-turbo", version=__version__, lifespan=life, docs_url=None, redoc_url=None)  # their scripts come from elsewhere
     app.state.zen_turbo = served
     errors.install(app)
+    operations.install(app)
+    openapi.install(app)
 
     def card() -> dict[str, Any]:
         limit = served.engine.max_model_len
