@@ -12,13 +12,16 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from zen_turbo.cli.serve import listen
 from zen_turbo.engine.engine import Engine
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
+def serving(app: FastAPI, *, send_buffer_bytes: int | None = None) -> Iterator[str]:
     """Gives the base URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen("127.0.0.1", 0)
+    if send_buffer_bytes is not None:  # connections inherit it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import openai
 import pytest
 
 from zen_turbo.cli import main
+from zen_turbo.cli.serve import listen
 from zen_turbo.config import EngineConfig
 from zen_turbo.models.catalogue import CATALOGUE, cached_path
 
@@ -373,6 +376,13 @@ def test_serve_answers_and_ends_when_told(tiny_folder: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_tokens_are_sent_at_once() -> None:
+    with closing(listen("127.0.0.1", 0)) as listener, closing(socket.create_connection(listener.getsockname())):
+        connection, _ = listener.accept()
+        with closing(connection):
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_serve_says_why_it_ends(tmp_path: Path) -> None:

@@ -18,17 +18,18 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from zen_turbo import __version__
 from zen_turbo.engine.engine import Engine
-from zen_turbo.engine.request import RequestOutput, SamplingParams
+from zen_turbo.engine.request import SamplingParams
 from zen_turbo.engine.service import EngineService, RequestStream
 from zen_turbo.errors import InvalidRequestError, ModelNotFoundError, ShuttingDownError
 from zen_turbo.server import errors, openapi
 from zen_turbo.server.chat import Reply, stream_body, whole_answer
 from zen_turbo.server.errors import LoadingError
 from zen_turbo.server.operations import Operations
+from zen_turbo.server.responses import CancellingResponse, answer_when_done
 from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_chat_request
 from zen_turbo.server.settings import ServerSettings
 
@@ -198,7 +199,6 @@ def create_app(
 
     async def answer(request: Request) -> Response:
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        headers = {"X-Request-Id": request.headers.get("X-Request-Id", request_id)}
         chat, stream = await asyncio.to_thread(admit, await request.body(), request_id)
         reply = Reply(
             request_id=request_id,
@@ -207,13 +207,10 @@ def create_app(
             return_progress=bool(chat.return_progress),
         )
         if chat.stream:
-            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             body = stream_body(stream, reply, keep_alive_s=chat.sse_ping_interval or keep_alive_s)
-            return StreamingResponse(body, media_type="text/event-stream", headers=headers)
-        output = await _unless_disconnected(request, stream)
-        if output is None:
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(reply.completion(output), headers=headers)
+            return CancellingResponse(body, cancel=stream.cancel, media_type="text/event-stream", headers=headers)
+        return await answer_when_done(request, whole_answer(stream, reply), cancel=stream.cancel, pad=operations.settings.pad_slow_answers)
 
     return app
 
@@ -228,22 +225,3 @@ def _shorten(sampling: SamplingParams, room: int) -> SamplingParams:
     if sampling.max_tokens is None or room >= sampling.max_tokens or room < 1:
         return sampling
     return dataclasses.replace(sampling, max_tokens=room)
-
-
-async def _unless_disconnected(request: Request, stream: RequestStream) -> RequestOutput | None:
-    """The answer, or None if the client left first; the request is then cancelled."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answer = asyncio.ensure_future(whole_answer(stream))
-    leaving = asyncio.ensure_future(disconnected())
-    try:
-        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-        return None
-    finally:
-        for task in (answer, leaving):
-            task.cancel()
