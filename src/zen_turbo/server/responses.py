@@ -19,8 +19,8 @@ PAD_EVERY_S = 10.0
 
 
 class CancellingResponse(StreamingResponse):
-    """Calls ``cancel`` when it is over. The generator of its content cannot: a client that left before the first byte leaves it unstarted, and what
-    never started never reaches its ``finally``. ``cancel`` of finished work must do nothing."""
+    """Calls ``cancel`` when it is over; of finished work it must do nothing. The generator of the content cannot be relied on for that: when the
+    client leaves while a chunk is on its way out, nobody closes the generator but the garbage collector, some time."""
 
     def __init__(self, content: AsyncIterator[bytes], *, cancel: Callable[[], object], **options: Any) -> None:
         super().__init__(content, **options)
