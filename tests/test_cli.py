@@ -345,6 +345,24 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(run: Any, t
     expect_mistake(run("bench", "attention", "--output", output), "invalid_configuration", "folder.json")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--max-requests-per-key", "2"), "keys"),
+        (("--api-key", ""), "empty"),
+        (("--api-key-file", "/nowhere/keys"), "/nowhere/keys"),
+        (("--max-queue", "0"), "max_queue"),
+        (("--max-body-bytes", "-1"), "max_body_bytes"),
+        (("--allow-origin", "chat.example"), "chat.example"),
+        (("--log-format", "xml"), "xml"),
+        (("--drain-s", "-1"), "drain_s"),
+    ],
+)
+def test_a_server_that_makes_no_sense_is_not_started(run: Any, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], word: str) -> None:
+    monkeypatch.delenv("ZEN_TURBO_API_KEY", raising=False)
+    expect_mistake(run("serve", "--port", "0", *arguments), "invalid_configuration", word)
+
+
 # As processes
 
 

@@ -227,6 +227,11 @@ def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
         ServerSettings(**settings)
 
 
+@pytest.mark.parametrize("origin", ["*", "http://localhost:5173", "https://chat.example", "moz-extension://f745c4ad-86bf", "http://[::1]:8000"])
+def test_origins_as_browsers_send_them(origin: str) -> None:
+    assert ServerSettings(allow_origins=(origin,)).allow_origins == (origin,)
+
+
 # Bodies
 
 

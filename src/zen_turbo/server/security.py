@@ -160,7 +160,7 @@ class BodyLimit:
             return
         own = next((most for prefix, most in self._limits if scope["path"].startswith(prefix)), None)
         limit = self._default if own is None else own
-        # What is not digits does not come this far: the HTTP parser refuses it.
+        # What is not digits, or more than twenty of them, does not come this far: the HTTP parser refuses it.
         announced = _header(scope, b"content-length")
         if announced is not None and announced.isdigit() and int(announced) > limit:
             await _refuse(RequestTooLargeError(body_bytes=int(announced), max_body_bytes=limit), scope, receive, send)
