@@ -24,6 +24,7 @@ from zen_turbo.config import EngineConfig
 from zen_turbo.evals.heatmap import length_text, read_json
 from zen_turbo.kernels import ISA_ENVIRONMENT, ISAS
 from zen_turbo.models.catalogue import CACHE_ENVIRONMENT
+from zen_turbo.server.keys import KEY_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = "<!-- Written by scripts/generate_docs.py from the code; change that, not this. -->\n\n"
@@ -112,6 +113,7 @@ def configuration_page() -> str:
         [
             (f"`{ISA_ENVIRONMENT}`", "the best of this CPU", f"Instruction set of the kernels: {', '.join(ISAS)}. An error where it is missing."),
             (f"`{CACHE_ENVIRONMENT}`", "`zen-turbo` in the user's cache folder", "Where downloaded models are kept."),
+            (f"`{KEY_ENVIRONMENT}`", "", "An API key that the server asks for, beside those of its options."),
             (f"`{DEBUG_ENVIRONMENT}`", "", "Anything: show tracebacks, as `--debug`."),
         ],
     )

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ import pytest
 from test_documents import docx_of, epub_of, pdf_of, zip_of
 
 from zen_turbo.cli import main
+from zen_turbo.cli.serve import listen
 from zen_turbo.config import EngineConfig
 from zen_turbo.models.catalogue import CATALOGUE, cached_path
 
@@ -354,6 +357,24 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(run: Any, t
     expect_mistake(run("bench", "attention", "--output", output), "invalid_configuration", "folder.json")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--max-requests-per-key", "2"), "keys"),
+        (("--api-key", ""), "empty"),
+        (("--api-key-file", "/nowhere/keys"), "/nowhere/keys"),
+        (("--max-queue", "0"), "max_queue"),
+        (("--max-body-bytes", "-1"), "max_body_bytes"),
+        (("--allow-origin", "chat.example"), "chat.example"),
+        (("--log-format", "xml"), "xml"),
+        (("--drain-s", "-1"), "drain_s"),
+    ],
+)
+def test_a_server_that_makes_no_sense_is_not_started(run: Any, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], word: str) -> None:
+    monkeypatch.delenv("ZEN_TURBO_API_KEY", raising=False)
+    expect_mistake(run("serve", "--port", "0", *arguments), "invalid_configuration", word)
+
+
 # As processes
 
 
@@ -393,6 +414,13 @@ def test_serve_refuses_a_folder_that_it_cannot_use(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "error [invalid_configuration]" in err and "Traceback" not in err
+
+
+def test_tokens_are_sent_at_once() -> None:
+    with closing(listen("127.0.0.1", 0)) as listener, closing(socket.create_connection(listener.getsockname())):
+        connection, _ = listener.accept()
+        with closing(connection):
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_serve_says_why_it_ends(tmp_path: Path) -> None:

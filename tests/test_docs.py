@@ -16,7 +16,7 @@ import typer
 from zen_turbo.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "deploy/README.md")), *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = ("README.md", "docs/cli.md", "docs/configuration.md", "docs/errors.md", "docs/rooms.md")
 
 

@@ -411,7 +411,7 @@ def test_too_long_is_said_before_and_after_asking(page: Page, engine: Engine) ->
 ERRORS = [
     (429, error("insufficient_memory", need_bytes=3 << 30, have_bytes=1 << 30), "This needs 3.00 GiB and the server can use 1.00 GiB."),
     (413, "<html>413</html>", "Too large to send. The server, or a proxy in front of it, takes no request of this size."),
-    (413, error("request_too_large", body_bytes=3 << 20, max_body_bytes=1 << 20), "This is 3.00 MiB and the server takes 1.00 MiB."),
+    (413, error("request_too_large", num_bytes=3 << 20, max_bytes=1 << 20), "This is 3.00 MiB and the server takes 1.00 MiB."),
     (503, error("loading"), "The model is being loaded."),
     (500, error("internal_error"), "Its log says which one."),
     (400, error("invalid_request", "temperature must be between 0 and 10, not 11.0"), "temperature must be between 0 and 10, not 11.0."),

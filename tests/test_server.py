@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
-from fastapi import FastAPI
+from serving import Slowly, serving, wait_until
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
@@ -26,28 +22,6 @@ from zen_turbo.server.chat import EMPTY_CHUNK_AFTER_S
 
 NAME = "tiny"
 HELLO = [{"role": "user", "content": "The grass is green."}]
-
-
-@contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """Gives the base URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
-
-
-def wait_until(condition: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -272,23 +246,6 @@ def test_what_is_not_http_as_we_know_it(url: str) -> None:
 
 
 # Time: waiting, leaving, loading
-
-
-class Slowly:
-    """Makes every layer of the engine wait."""
-
-    def __init__(self, engine: Engine, seconds: float) -> None:
-        self._engine, self._seconds, self._layer = engine, seconds, engine.decoder._layer
-
-    def __enter__(self) -> None:
-        def layer(*args: Any) -> Any:
-            time.sleep(self._seconds)
-            return self._layer(*args)
-
-        self._engine.decoder._layer = layer  # type: ignore[method-assign]
-
-    def __exit__(self, *details: object) -> None:
-        self._engine.decoder._layer = self._layer  # type: ignore[method-assign]
 
 
 def test_silence_is_broken_by_comments(url: str, engine: Engine) -> None:

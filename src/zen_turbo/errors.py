@@ -11,6 +11,9 @@ refines, so ``except ValueError`` keeps working.
         UnsupportedParameterError              unsupported_parameter     400
         RequestTooLargeError                   request_too_large         413
         FileQuotaExceededError                 file_quota_exceeded       400
+      InvalidApiKeyError (PermissionError)     invalid_api_key           401
+      ForbiddenOriginError (PermissionError)   forbidden_origin          403
+      RateLimitExceededError (RuntimeError)    rate_limit_exceeded       429
       ConfigurationError (ValueError)          invalid_configuration     400
       ModelNotFoundError (LookupError)         model_not_found           404
       CheckpointError (ValueError)             invalid_checkpoint        500
@@ -29,6 +32,7 @@ refines, so ``except ValueError`` keeps working.
       InsufficientMemoryError (MemoryError)    insufficient_memory       429
       KernelError (RuntimeError)               kernel_unavailable        500
       RequestCancelledError (RuntimeError)     request_cancelled         499
+        ShuttingDownError                      shutting_down             503
 
 Assertions are for our own invariants and never for input.
 """
@@ -91,6 +95,18 @@ class UnsupportedParameterError(InvalidRequestError):
     code = "unsupported_parameter"
 
 
+class InvalidApiKeyError(ZenTurboError, PermissionError):
+    code = "invalid_api_key"
+    http_status = 401
+
+
+class ForbiddenOriginError(ZenTurboError, PermissionError):
+    """A browser says that the request comes from a page of another site, or was sent to a name that is not this server's."""
+
+    code = "forbidden_origin"
+    http_status = 403
+
+
 class RequestTooLargeError(InvalidRequestError):
     """More bytes than are accepted; ``num_bytes`` (at least so many came or were announced) and ``max_bytes`` carry both numbers."""
 
@@ -116,6 +132,16 @@ class FileQuotaExceededError(InvalidRequestError):
             have=have,
             unit=unit,
         )
+
+
+class RateLimitExceededError(ZenTurboError, RuntimeError):
+    """Too much at once; the same request may work later. ``reason``: which limit. ``retry_after_s``: when to try again, in seconds."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+
+    def __init__(self, message: str, *, reason: str, limit: int, retry_after_s: int) -> None:
+        super().__init__(message, reason=reason, limit=limit, retry_after_s=retry_after_s)
 
 
 class ConfigurationError(ZenTurboError, ValueError):
@@ -210,3 +236,8 @@ class KernelError(ZenTurboError, RuntimeError):
 class RequestCancelledError(ZenTurboError, RuntimeError):
     code = "request_cancelled"
     http_status = 499
+
+
+class ShuttingDownError(RequestCancelledError):
+    code = "shutting_down"
+    http_status = 503

@@ -220,6 +220,16 @@ class Engine:
         """Requests whose prompt is being read or that are being answered."""
         return self._scheduler.num_running
 
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the page slots that requests hold, shared ones counted once; between 0 and 1. Pages kept for later prompts do not count: they
+        give way. From any thread."""
+        held: set[int] = set()
+        for request in list(self._known.values()):
+            if (cache := request.cache) is not None:
+                held.update(cache.slots)
+        return len(held) / self.pool.num_slots
+
     def estimate(self, total_tokens: int) -> memory.MemoryEstimate:
         """Memory that a request of so many tokens takes, in bytes."""
         return memory.estimate(

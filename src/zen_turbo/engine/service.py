@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import queue
 import threading
@@ -10,9 +11,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
 from zen_turbo.engine.request import Event, Failed, Finished, SamplingParams
-from zen_turbo.errors import RequestCancelledError
+from zen_turbo.errors import RateLimitExceededError, RequestCancelledError
 
 logger = logging.getLogger("zen_turbo.engine")
+
+RETRY_AFTER_S = 30  # where nothing is known yet
+# Clients wait for what they are told only up to two minutes; beyond that they fall back to fractions of a second.
+MOST_RETRY_AFTER_S = 120
 
 
 class SteppedEngine(Protocol):
@@ -25,6 +30,22 @@ class SteppedEngine(Protocol):
     def abort(self, request_id: str) -> bool: ...
     def has_work(self) -> bool: ...
     def fail_all(self, error: Exception) -> None: ...
+
+
+class Watcher(Protocol):
+    """Told of one request, beside its stream and before it. Must not raise and must be quick: ``on_event`` runs on the engine's thread."""
+
+    def on_event(self, event: Event) -> None: ...
+    def on_refused(self) -> None:
+        """The engine did not take the request; no event comes."""
+
+
+class _Place:
+    """What the service knows of one request from ``submit`` to its last event."""
+
+    def __init__(self, stream: RequestStream, watcher: Watcher | None) -> None:
+        self.stream = stream
+        self.watcher = watcher
 
 
 class RequestStream:
@@ -83,46 +104,118 @@ class RequestStream:
 
 class EngineService:
     """Owns the thread that calls ``engine.step()``. An exception out of ``step`` is a fault of ours: it is logged, fails every running
-    request, and the service goes on."""
+    request, and the service goes on.
 
-    def __init__(self, engine: SteppedEngine) -> None:
+    max_queue: most requests that wait before their prompt is begun; None is no limit. watch: called by ``submit`` in its caller's context, gives
+    who is told of the request's events.
+    """
+
+    def __init__(self, engine: SteppedEngine, *, max_queue: int | None = None, watch: Callable[[], Watcher] | None = None) -> None:
         self.engine = engine
+        self._max_queue = max_queue
+        self._watch = watch
         self._work = threading.Condition()
-        self._closed = False
+        # Every request that has not had its last event, and those of them that have had none. Filled by submit, under the condition; emptied by
+        # the engine's thread. A request leaves with its event, so it leaves once.
+        self._live: set[_Place] = set()
+        self._waiting: set[_Place] = set()
+        self._request_s: float | None = None  # running mean of how long a request is worked on
+        self._end: RequestCancelledError | None = None
         self._thread = threading.Thread(target=self._run, name="zen-turbo-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests whose prompt is not begun."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests whose prompt is being read or that are being answered."""
+        return max(0, len(self._live) - len(self._waiting))
+
+    @property
+    def retry_after_s(self) -> int:
+        """Seconds until a place in the queue is likely to be free: a request's usual time over how many are worked on, between 1 and
+        MOST_RETRY_AFTER_S."""
+        if self._request_s is None:
+            return RETRY_AFTER_S
+        return min(MOST_RETRY_AFTER_S, max(1, round(self._request_s / max(1, self.num_running))))
 
     def submit(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams | None = None, *, request_id: str | None = None
     ) -> RequestStream:
-        """Queue a request. Raises what ``engine.submit`` raises, and RequestCancelledError after ``close``."""
-        stream = RequestStream(self.engine.abort)
-        with self._work:
-            if self._closed:
-                raise RequestCancelledError("The engine is shutting down.")
-            stream.request_id = self.engine.submit(
-                prompt_token_ids, sampling or SamplingParams(), request_id=request_id, on_event=stream.put
-            )
-            self._work.notify()
-        return stream
+        """Queue a request. Raises what ``engine.submit`` raises, RateLimitExceededError when the queue is full, and RequestCancelledError
+        after ``close``."""
+        place = _Place(RequestStream(self.engine.abort), self._watch() if self._watch else None)
+        try:
+            with self._work:
+                if self._end is not None:
+                    raise self._end.with_traceback(None)
+                if self._max_queue is not None and len(self._waiting) >= self._max_queue:
+                    raise RateLimitExceededError(
+                        f"{len(self._waiting)} requests are waiting, and at most {self._max_queue} may.",
+                        reason="max_queue",
+                        limit=self._max_queue,
+                        retry_after_s=self.retry_after_s,
+                    )
+                self._live.add(place)
+                self._waiting.add(place)  # before the engine has it: its first event may come at once
+                place.stream.request_id = self.engine.submit(
+                    prompt_token_ids,
+                    sampling or SamplingParams(),
+                    request_id=request_id,
+                    on_event=functools.partial(self._pass_on, place),
+                )
+                self._work.notify()
+        except BaseException:
+            self._leave(place)
+            if place.watcher is not None:
+                place.watcher.on_refused()
+            raise
+        return place.stream
 
-    def close(self) -> None:
-        """Stop the thread after the unit of work it is in; unfinished requests end with RequestCancelledError."""
+    def close(self, error: RequestCancelledError | None = None) -> None:
+        """Stop the thread before the next layer or token; unfinished requests end with ``error``. Later calls change nothing."""
         with self._work:
-            self._closed = True
+            self._end = self._end or error or RequestCancelledError("The engine is shutting down.")
             self._work.notify()
+        for place in list(self._live):
+            place.stream.cancel()  # a layer is seconds, a chunk far into a prompt is a minute
         self._thread.join()
+
+    def _pass_on(self, place: _Place, event: Event) -> None:
+        """On the engine's thread, for every event. What only watches is told first: when the client sees the end, it is counted."""
+        self._waiting.discard(place)
+        if isinstance(event, Finished):
+            if self._end is not None and event.output.finish_reason == "abort":
+                event = Failed(self._end)
+            else:
+                worked = event.output.metrics.prefill_s + event.output.metrics.decode_s
+                self._request_s = worked if self._request_s is None else 0.8 * self._request_s + 0.2 * worked
+        if isinstance(event, Finished | Failed):
+            self._leave(place)
+        if place.watcher is not None:
+            try:
+                place.watcher.on_event(event)
+            except Exception:
+                logger.exception("A request could not be observed.")
+        place.stream.put(event)
+
+    def _leave(self, place: _Place) -> None:
+        self._live.discard(place)
+        self._waiting.discard(place)
 
     def _run(self) -> None:
         while True:
             with self._work:
-                while not self._closed and not self.engine.has_work():
+                while self._end is None and not self.engine.has_work():
                     self._work.wait()
-                if self._closed:
+                if self._end is not None:
                     break
             try:
                 self.engine.step()
             except Exception as error:
                 logger.exception("The engine failed; all running requests end with this error.")
                 self.engine.fail_all(error)
-        self.engine.fail_all(RequestCancelledError("The engine is shutting down."))
+        self.engine.fail_all(self._end)

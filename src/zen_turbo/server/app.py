@@ -19,19 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from zen_turbo import __version__
 from zen_turbo.engine.engine import Engine
-from zen_turbo.engine.request import RequestOutput, SamplingParams
+from zen_turbo.engine.request import SamplingParams
 from zen_turbo.engine.service import EngineService, RequestStream
-from zen_turbo.errors import InvalidRequestError, ModelNotFoundError
-from zen_turbo.server import errors, page
+from zen_turbo.errors import InvalidRequestError, ModelNotFoundError, ShuttingDownError
+from zen_turbo.server import errors, openapi, page
 from zen_turbo.server import files as files_api
 from zen_turbo.server.chat import Reply, stream_body, whole_answer
 from zen_turbo.server.errors import LoadingError
 from zen_turbo.server.file_store import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_QUOTA_BYTES, FileStore
+from zen_turbo.server.operations import Operations
 from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_chat_request
+from zen_turbo.server.settings import ServerSettings
+from zen_turbo.server.slow_answers import CancellingResponse, answer_when_done
 
 logger = logging.getLogger("zen_turbo.server")
 
@@ -41,12 +44,13 @@ DEFAULT_MAX_TOKENS = 4096
 class ServedModel:
     """The engine behind the routes. ``failure``: why loading ended without one."""
 
-    def __init__(self, load: Callable[[], Engine], name: str, on_failure: Callable[[], None]) -> None:
+    def __init__(self, load: Callable[[], Engine], name: str, on_failure: Callable[[], None], operations: Operations) -> None:
         self.name = name
         self.created = int(time.time())
         self.failure: Exception | None = None
         self._load = load
         self._on_failure = on_failure
+        self.operations = operations
         self._service: EngineService | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -63,15 +67,14 @@ class ServedModel:
             return
         with self._lock:
             if not self._closed:
-                self._service = EngineService(engine)
+                self._service = self.operations.service(engine)
                 logger.info("%s is ready, up to %d tokens", self.name, engine.max_model_len)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            service, self._service = self._service, None
-        if service is not None:
-            service.close()
+        if self._service is not None:
+            self._service.close(ShuttingDownError("The server is shutting down."))
 
     @property
     def ready(self) -> bool:
@@ -98,14 +101,16 @@ def create_app(
     keep_alive_s: float = 15.0,
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
     on_failure: Callable[[], None] = lambda: None,
+    settings: ServerSettings | None = None,
     files_dir: Path | None = None,
     max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES,
     files_quota_bytes: int = DEFAULT_QUOTA_BYTES,
 ) -> FastAPI:
     """``load`` runs in a thread when the application starts; ``on_failure`` is called in it if it raises, and ``app.state.zen_turbo.failure``
-    then holds the exception. ``default_max_tokens``: longest answer of a request that names no limit. ``files_dir``: where uploaded files stay, None
-    for a temporary folder; raises ConfigurationError if it cannot be used."""
-    served = ServedModel(load, model_name, on_failure)
+    then holds the exception. ``default_max_tokens``: longest answer of a request that names no limit. ``settings``: keys and limits.
+    ``files_dir``: where uploaded files stay, None for a temporary folder; raises ConfigurationError if it cannot be used."""
+    operations = Operations(settings or ServerSettings(), model_name)
+    served = ServedModel(load, model_name, on_failure, operations)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -114,12 +119,14 @@ def create_app(
         await asyncio.to_thread(served.close)
         await asyncio.to_thread(files.close)
 
-    app = FastAPI(title="zen-turbo", version=__version__, lifespan=life)
+    app = FastAPI(title="zen-turbo", version=__version__, lifespan=life, docs_url=None, redoc_url=None)  # their scripts come from elsewhere
     app.state.zen_turbo = served
     errors.install(app)
+    operations.install(app)
     page.install(app)
     store = FileStore(files_dir, quota_bytes=files_quota_bytes)
     files = files_api.install(app, store, lambda: served.engine if served.ready else None, max_upload_bytes=max_upload_bytes)
+    openapi.install(app)
 
     def card() -> dict[str, Any]:
         limit = served.engine.max_model_len
@@ -203,7 +210,6 @@ def create_app(
 
     async def answer(request: Request) -> Response:
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        headers = {"X-Request-Id": request.headers.get("X-Request-Id", request_id)}
         chat, stream = await asyncio.to_thread(admit, await request.body(), request_id)
         reply = Reply(
             request_id=request_id,
@@ -212,13 +218,10 @@ def create_app(
             return_progress=bool(chat.return_progress),
         )
         if chat.stream:
-            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             body = stream_body(stream, reply, keep_alive_s=chat.sse_ping_interval or keep_alive_s)
-            return StreamingResponse(body, media_type="text/event-stream", headers=headers)
-        output = await _unless_disconnected(request, stream)
-        if output is None:
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(reply.completion(output), headers=headers)
+            return CancellingResponse(body, cancel=stream.cancel, media_type="text/event-stream", headers=headers)
+        return await answer_when_done(request, whole_answer(stream, reply), cancel=stream.cancel, pad=operations.settings.pad_slow_answers)
 
     return app
 
@@ -233,22 +236,3 @@ def _shorten(sampling: SamplingParams, room: int) -> SamplingParams:
     if sampling.max_tokens is None or room >= sampling.max_tokens or room < 1:
         return sampling
     return dataclasses.replace(sampling, max_tokens=room)
-
-
-async def _unless_disconnected(request: Request, stream: RequestStream) -> RequestOutput | None:
-    """The answer, or None if the client left first; the request is then cancelled."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answer = asyncio.ensure_future(whole_answer(stream))
-    leaving = asyncio.ensure_future(disconnected())
-    try:
-        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-        return None
-    finally:
-        for task in (answer, leaving):
-            task.cancel()

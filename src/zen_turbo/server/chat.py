@@ -138,15 +138,11 @@ async def _with_pauses(stream: RequestStream, pause_s: float) -> AsyncIterator[E
             pending.cancel()
 
 
-async def whole_answer(stream: RequestStream) -> RequestOutput:
-    """Wait for the end. Raises the error that the request failed with; cancelling this cancels the request."""
-    try:
-        async for event in stream:
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Finished):
-                return event.output
-    except asyncio.CancelledError:
-        stream.cancel()
-        raise
+async def whole_answer(stream: RequestStream, reply: Reply) -> dict[str, Any]:
+    """The answer when it is there. Raises the error that the request failed with."""
+    async for event in stream:
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Finished):
+            return reply.completion(event.output)
     raise AssertionError("a stream ends with Finished or Failed")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
+from zen_turbo.engine.service import RETRY_AFTER_S
 from zen_turbo.errors import ZenTurboError
+from zen_turbo.server.exchange import CLIENT_LEFT, note_error
 
 logger = logging.getLogger("zen_turbo.server")
-
-RETRY_AFTER_S = 30
 
 
 class LoadingError(ZenTurboError):
@@ -38,17 +39,21 @@ def error_body(error: Exception) -> dict[str, Any]:
 
 
 def error_response(error: Exception) -> JSONResponse:
+    note_error(error)
     status = status_of(error)
     headers = {}
     if status in (429, 503):
-        headers["Retry-After"] = str(RETRY_AFTER_S)
+        known = error.details.get("retry_after_s") if isinstance(error, ZenTurboError) else None
+        headers["Retry-After"] = str(known or RETRY_AFTER_S)
     elif status >= 500:
         headers["x-should-retry"] = "false"
     return JSONResponse(error_body(error), status, headers)
 
 
-def answer_to(request: Request, error: Exception) -> JSONResponse:
+def answer_to(request: Request, error: Exception) -> Response:
     """The response to a failed request; what was not foreseen goes to the log with its traceback."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_LEFT)  # nobody reads it
     if not isinstance(error, ZenTurboError):
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return error_response(error)
@@ -58,7 +63,7 @@ def install(app: FastAPI) -> None:
     """Every failure of a route leaves in the same shape."""
 
     @app.exception_handler(ZenTurboError)
-    async def _known(request: Request, error: ZenTurboError) -> JSONResponse:
+    async def _known(request: Request, error: ZenTurboError) -> Response:
         return answer_to(request, error)
 
     @app.exception_handler(HTTPException)
@@ -69,5 +74,5 @@ def install(app: FastAPI) -> None:
         return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
-    async def _unknown(request: Request, error: Exception) -> JSONResponse:
+    async def _unknown(request: Request, error: Exception) -> Response:
         return answer_to(request, error)

@@ -48,8 +48,8 @@ export function explain(error) {
       return {
         title: "Too large to send",
         text:
-          Number.isFinite(facts.body_bytes) && Number.isFinite(facts.max_body_bytes)
-            ? `This is ${bytes(facts.body_bytes)} and the server takes ${bytes(facts.max_body_bytes)}. Split the file, or have the limit raised.`
+          Number.isFinite(facts.num_bytes) && Number.isFinite(facts.max_bytes)
+            ? `This is ${bytes(facts.num_bytes)} and the server takes ${bytes(facts.max_bytes)}. Split the file, or have the limit raised.`
             : "The server, or a proxy in front of it, takes no request of this size. Split the file, or have the limit raised (nginx: " +
               "client_max_body_size).",
       };

@@ -1,0 +1,88 @@
+"""An application behind a real socket in this process, and an engine that can be made slow."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from zen_turbo.cli.serve import listen
+from zen_turbo.engine.engine import Engine
+
+
+@contextmanager
+def serving(app: FastAPI, *, send_buffer_bytes: int | None = None) -> Iterator[str]:
+    """Gives the base URL."""
+    listener = listen("127.0.0.1", 0)
+    if send_buffer_bytes is not None:  # connections inherit it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+def wait_until(condition: Any, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+class Slowly:
+    """Makes every layer of the engine wait."""
+
+    def __init__(self, engine: Engine, seconds: float) -> None:
+        self._engine, self._seconds, self._layer = engine, seconds, engine.decoder._layer
+
+    def __enter__(self) -> None:
+        def layer(*args: Any) -> Any:
+            time.sleep(self._seconds)
+            return self._layer(*args)
+
+        self._engine.decoder._layer = layer  # type: ignore[method-assign]
+
+    def __exit__(self, *details: object) -> None:
+        self._engine.decoder._layer = self._layer  # type: ignore[method-assign]
+
+
+class Held:
+    """Keeps the engine from doing anything at all until the end, or until ``steps`` units of work are let through."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._gate = threading.Semaphore(0)
+        self._open = False
+
+    def __enter__(self) -> Held:
+        step = self._engine.step
+
+        def held_step() -> bool:
+            if not self._open:
+                self._gate.acquire()
+            return step()
+
+        self._engine.step = held_step  # type: ignore[method-assign]
+        return self
+
+    def steps(self, count: int) -> None:
+        self._gate.release(count)
+
+    def wait_for_work(self, requests: int = 1) -> None:
+        wait_until(lambda: len(self._engine._known) >= requests)
+
+    def __exit__(self, *details: object) -> None:
+        self._open = True
+        self._gate.release()
+        del self._engine.step  # type: ignore[method-assign]

@@ -1,0 +1,101 @@
+"""The OpenAPI document says what the routes take, and a schema fuzzer finds no way to make the server fail."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import hypothesis
+import pytest
+from fastapi.routing import APIRoute
+from serving import serving, wait_until
+
+from zen_turbo import LLM
+from zen_turbo.engine.engine import Engine
+from zen_turbo.server.app import create_app
+from zen_turbo.server.openapi import BODIES
+from zen_turbo.server.schemas import ChatRequest
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path) -> Iterator[Engine]:
+    result = LLM(tiny_folder, prefill_chunk_tokens=64, kv_cache_bytes=64 << 20, max_model_len=512).engine
+    yield result
+    result.close()
+
+
+@pytest.fixture(scope="module")
+def url(engine: Engine) -> Iterator[str]:
+    with serving(create_app(lambda: engine, model_name="tiny", default_max_tokens=4)) as base:
+        wait_until(lambda: httpx.get(f"{base}/health").status_code == 200)
+        yield base
+
+
+@pytest.fixture(scope="module")
+def document(url: str) -> dict[str, Any]:
+    return httpx.get(f"{url}/openapi.json").json()
+
+
+def test_every_route_that_takes_a_body_says_which(engine: Engine, document: dict[str, Any]) -> None:
+    app = create_app(lambda: engine, model_name="tiny")
+    posts = {route.path for route in app.routes if isinstance(route, APIRoute) and "POST" in route.methods}
+    assert posts == set(BODIES)
+    for path, model in BODIES.items():
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        assert content == {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
+
+
+def test_the_document_is_whole(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    references: list[str] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict):
+            references.extend([value["$ref"]] if isinstance(value.get("$ref"), str) else [])
+            value = list(value.values())
+        if isinstance(value, list):
+            for each in value:
+                collect(each)
+
+    collect(document)
+    assert {reference.removeprefix("#/components/schemas/") for reference in references} <= set(schemas)
+    assert set(schemas["ChatRequest"]["properties"]) == set(ChatRequest.model_fields)
+    assert all("default" in operation["responses"] for item in document["paths"].values() for operation in item.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+def test_a_fuzzer_that_knows_the_schema_finds_no_fault(url: str, engine: Engine, mode: str) -> None:
+    import schemathesis  # takes a second
+
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    seen: dict[str, Counter[int]] = {}
+
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @hypothesis.settings(max_examples=200, suppress_health_check=list(hypothesis.HealthCheck))
+        @hypothesis.given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)), sound=hypothesis.strategies.booleans())
+        def probe(case: Any, sound: bool) -> None:
+            if sound and isinstance(case.body, dict):  # past the model and the messages, to what stands behind them
+                case.body["model"] = "tiny"
+                if "messages" in case.body:
+                    case.body["messages"] = [{"role": "user", "content": "Hi."}]
+            response = case.call(timeout=60)
+            seen.setdefault(case.operation.path, Counter())[response.status_code] += 1
+            assert response.status_code < 500, response.text
+            if response.status_code >= 400:
+                error = response.json()["error"]
+                assert {"message", "type", "param", "code"} <= set(error)
+
+        with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # nothing can be wrong about a GET without parameters
+            probe()
+    assert set(seen) >= set(BODIES)
+    for path in BODIES:
+        assert max(seen[path]) >= 400, "a fuzzer that is never refused tries nothing"
+        assert mode == "negative" or 200 in seen[path], "and one that always is, little"
+    wait_until(lambda: not engine.has_work())
