@@ -82,7 +82,8 @@ def test_every_path_but_the_open_ones_asks_for_a_key(keyed_server: httpx.Client)
                 expect(answer, 401, "invalid_api_key")
                 assert answer.headers["www-authenticate"] == "Bearer"
     assert keyed_server.request("OPTIONS", CHAT).status_code == 405
-    assert keyed_server.get("/").json()["error"]["code"] == "not_found"
+    assert keyed_server.get("/").headers["content-type"].startswith("text/html")
+    assert keyed_server.get("/page/other").json()["error"]["code"] == "invalid_api_key"
 
 
 @pytest.mark.parametrize(

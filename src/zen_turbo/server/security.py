@@ -13,22 +13,17 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zen_turbo.errors import ForbiddenOriginError, InvalidApiKeyError, RateLimitExceededError, RequestTooLargeError, ShuttingDownError, ZenTurboError
-from zen_turbo.server import errors
+from zen_turbo.server import errors, page
 from zen_turbo.server.exchange import current
 from zen_turbo.server.keys import KeyRing
 
 # No key is asked for these: monitors have none, and the page is where a person types it. Nothing here tells of anyone's requests.
-OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version"})
-OPEN_PREFIXES = ("/page/",)
+OPEN_PATHS = frozenset({"/health", "/metrics", "/version"}) | page.paths()
 UPLOADS = "/v1/files"
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 # Bodies stay in memory until their request ends, so all of them together have a limit too, in units of the limit of one.
 BODIES_IN_FLIGHT = 8
 _RETRY_AFTER_S = 10
-
-
-def is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:
@@ -115,7 +110,7 @@ class KeyGuard:
         self._in_flight: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or scope["method"] == "OPTIONS" or is_open(scope["path"]):
+        if scope["type"] != "http" or not self._keys or scope["method"] == "OPTIONS" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         scheme, _, presented = (_header(scope, b"authorization") or b"").partition(b" ")
