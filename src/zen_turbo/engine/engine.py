@@ -32,7 +32,10 @@ from zen_turbo.attention.policies.adaptive import settings_of
 from zen_turbo.attention.selection import policy_of
 from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.engine import memory
+from zen_turbo.engine.guidance import Guidance
+from zen_turbo.engine.logprobs import PromptLogprobs, token_logprobs
 from zen_turbo.engine.request import (
+    MAX_PROMPT_LOGPROBS,
     Event,
     Failed,
     Finished,
@@ -88,6 +91,7 @@ class _Request:
     on_event: Callable[[Event], None]
     sampler: Sampler
     stops: StopMatcher
+    prompt_logprobs: PromptLogprobs | None
     chain: Chain
     submitted: float
     aborted: threading.Event = field(default_factory=threading.Event)
@@ -141,6 +145,7 @@ class Engine:
             checkpoint.close()
         self.max_model_len = self._resolve_max_model_len()
         self.eos_token_ids = frozenset(self.model_config.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids)
+        self.guidance = Guidance(self.tokenizer, vocab_size=self.model_config.vocab_size, eos_token_ids=self.eos_token_ids)
         if self.config.attention != "dense" and WINDOW_TOKENS % self.config.prefill_chunk_tokens:
             raise ConfigurationError(
                 f"prefill_chunk_tokens {self.config.prefill_chunk_tokens} must divide {WINDOW_TOKENS} with sparse attention, "
@@ -206,19 +211,30 @@ class Engine:
     ) -> str:
         """Queue a request; events arrive on the thread that calls ``step``.
 
-        Raises EmptyPromptError, InvalidRequestError (a token id outside the vocabulary), ContextLengthExceededError and
-        InsufficientMemoryError (the request could never fit), each before anything is computed.
+        Raises EmptyPromptError, InvalidRequestError (a token id outside the vocabulary, a grammar that cannot be followed, more prompt logprobs
+        than may be kept), ContextLengthExceededError and InsufficientMemoryError (the request could never fit), each before anything is
+        computed.
         """
         sampling = sampling or SamplingParams()
         tokens = list(prompt_token_ids)
         if not tokens:
             raise EmptyPromptError("The prompt has no tokens.", param="messages")
-        if min(tokens) < 0 or max(tokens) >= self.model_config.vocab_size:
-            raise InvalidRequestError(f"Token ids must lie in [0, {self.model_config.vocab_size}).", param="prompt")
+        vocab_size = self.model_config.vocab_size
+        for ids, param in ((tokens, "prompt"), (sampling.logit_bias, "logit_bias")):
+            if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+                raise InvalidRequestError(f"Token ids must lie in [0, {vocab_size}).", param=param)
         room = self.max_model_len - len(tokens)
         wanted = sampling.max_tokens
-        if room < (wanted or 1):
-            raise ContextLengthExceededError(num_prompt_tokens=len(tokens), max_tokens=wanted or 1, max_model_len=self.max_model_len)
+        least = 1 if wanted is None else wanted
+        if room < least:
+            raise ContextLengthExceededError(num_prompt_tokens=len(tokens), max_tokens=least, max_model_len=self.max_model_len)
+        kept = 0 if sampling.prompt_logprobs is None else len(tokens) * (1 + sampling.prompt_logprobs)
+        if kept > MAX_PROMPT_LOGPROBS:
+            raise InvalidRequestError(
+                f"Log probabilities of {len(tokens)} prompt tokens with {sampling.prompt_logprobs} alternatives each are {kept} numbers; "
+                f"at most {MAX_PROMPT_LOGPROBS} are kept.",
+                param="logprobs",
+            )
         have = self.pool.num_slots * self.geometry.slot_bytes
         if wanted is None:
             # As many as fit: the model's limit or the pool's, whichever comes first; finish_reason says "length".
@@ -226,6 +242,7 @@ class Engine:
         need = self.geometry.bytes_for(len(tokens) + wanted)
         if need > have:
             raise InsufficientMemoryError(f"A request of {len(tokens)} + {wanted} tokens", need_bytes=need, have_bytes=have)
+        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_token_ids)}
         request = _Request(
             request_id=request_id or f"req-{uuid.uuid4().hex}",
             tokens=tokens,
@@ -233,12 +250,18 @@ class Engine:
             max_tokens=wanted,
             sampling=sampling,
             on_event=on_event,
-            sampler=Sampler(sampling),
-            stops=StopMatcher(sampling.stop),
+            sampler=Sampler(
+                sampling,
+                prompt_token_ids=tokens,
+                end_token_ids=[token for token in ends if 0 <= token < vocab_size],
+                matcher=self.guidance.matcher(sampling.grammar) if sampling.grammar is not None else None,
+            ),
+            stops=StopMatcher(sampling.stop, include=sampling.include_stop_str_in_output),
+            prompt_logprobs=PromptLogprobs(tokens, sampling.prompt_logprobs) if sampling.prompt_logprobs is not None else None,
             chain=self._chain(tokens),
             submitted=time.perf_counter(),
         )
-        request.detokenizer = self.tokenizer.incremental()
+        request.detokenizer = self.tokenizer.incremental(skip_special_tokens=sampling.skip_special_tokens)
         with self._lock:
             self._waiting.append(request)
         return request.request_id
@@ -319,8 +342,10 @@ class Engine:
             request.cache = SequenceCache(self.pool)
             return True
         grid = 1 if self.config.attention in _ROW_BY_ROW else self.config.prefill_chunk_tokens // PAGE_TOKENS
-        self._load_stored(request)
-        known = self.prefixes.find(request.chain, (request.num_prompt_tokens - 1) // PAGE_TOKENS, grid_pages=grid)
+        reusable = (request.num_prompt_tokens - 1) // PAGE_TOKENS if request.prompt_logprobs is None else 0  # pages hold no logits
+        if reusable:
+            self._load_stored(request)
+        known = self.prefixes.find(request.chain, reusable, grid_pages=grid)
         cache = SequenceCache(self.pool)
         cache.adopt(known.slots)
         total = request.num_prompt_tokens + request.max_tokens
@@ -451,6 +476,7 @@ class Engine:
             cancelled=request.aborted.is_set,
             fidelity=request.fidelity if end <= request.num_prompt_tokens else None,
             decode=request.decode if end >= request.num_prompt_tokens else None,
+            each_logits=request.prompt_logprobs.add if request.prompt_logprobs is not None and end <= request.num_prompt_tokens else None,
         )
         cache.commit(end)
         return result[0] if result is not None else None
@@ -470,7 +496,10 @@ class Engine:
             with self._lock:
                 self._prefilling = None
                 self._decoding.append(request)
-            self._sample(request, logits)
+            if request.max_tokens:
+                self._sample(request, logits)
+            else:
+                self._finish(request, "length")
 
     def _progress(self, request: _Request) -> None:
         assert request.cache is not None
@@ -485,29 +514,32 @@ class Engine:
 
     def _sample(self, request: _Request, logits: torch.Tensor) -> None:
         """Choose a token, stream what is safe to show, and finish the request if it is done."""
+        sampling = request.sampling
         token = request.sampler.sample(logits)
+        logprobs = () if sampling.logprobs is None else (token_logprobs(logits, token, sampling.logprobs),)
         if not request.first_token:
             request.first_token = time.perf_counter()
         request.tokens.append(token)
-        sampling = request.sampling
-        if token in sampling.stop_token_ids or (token in self.eos_token_ids and not sampling.ignore_eos):
-            self._emit(request, (token,), flush=True)
-            self._finish(request, "stop")
-        elif self._emit(request, (token,), text=request.detokenizer.push(token)):  # type: ignore[attr-defined]
-            self._finish(request, "stop")
-        elif request.num_generated >= request.max_tokens:
-            stopped = self._emit(request, (), flush=True)
-            self._finish(request, "stop" if stopped else "length")
+        ended = token in sampling.stop_token_ids or (token in self.eos_token_ids and not sampling.ignore_eos)
+        complete = ended or request.sampler.finished
+        last = complete or request.num_generated >= request.max_tokens
+        shown = not ended or sampling.include_stop_str_in_output
+        text = request.detokenizer.push(token) if shown else ""  # type: ignore[attr-defined]
+        stopped = self._emit(request, TokenDelta(text, (token,), logprobs), flush=last)
+        if last or stopped:
+            self._finish(request, "stop" if complete or stopped else "length")
 
-    def _emit(self, request: _Request, token_ids: tuple[int, ...], *, text: str = "", flush: bool = False) -> bool:
+    def _emit(self, request: _Request, delta: TokenDelta, *, flush: bool) -> bool:
         """Send new text through the stop strings; ``flush`` also sends what was held back. True if a stop string was found."""
-        if flush:
-            text += request.detokenizer.flush()  # type: ignore[attr-defined]
-        shown, stopped = request.stops.push(text)
+        text = delta.text + (request.detokenizer.flush() if flush else "")  # type: ignore[attr-defined]
+        if request.num_generated < request.sampling.min_tokens:
+            shown, stopped = text, False
+        else:
+            shown, stopped = request.stops.push(text)
         if flush and not stopped:
             shown += request.stops.flush()
         request.text += shown
-        request.on_event(TokenDelta(shown, token_ids))
+        request.on_event(delta._replace(text=shown))
         return stopped
 
     def _finish(self, request: _Request, reason: str) -> None:
@@ -521,6 +553,7 @@ class Engine:
             prompt_tokens=request.num_prompt_tokens,
             cached_tokens=request.cached_tokens,
             finish_reason=reason,
+            prompt_logprobs=request.prompt_logprobs.result() if request.prompt_logprobs and reason != "abort" else None,
             metrics=RequestMetrics(
                 queue_s=started - request.submitted,
                 ttft_s=first - request.submitted,

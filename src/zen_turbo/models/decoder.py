@@ -35,6 +35,8 @@ from zen_turbo.models.config import ModelConfig
 from zen_turbo.models.linear import TILE_ROWS, Linear
 from zen_turbo.models.loader import Checkpoint
 
+# Rows of logits that are looked at together: 40 MB with a vocabulary of 150,000.
+LOGITS_TILE_ROWS = 64
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -125,13 +127,15 @@ class Decoder:
         cancelled: Callable[[], bool] | None = None,
         fidelity: Fidelity | None = None,
         decode: SparseDecode | None = None,
+        each_logits: Callable[[int, torch.Tensor], None] | None = None,
     ) -> tuple[torch.Tensor | None, ChunkPlan]:
         """Run one chunk (int64 [T]) and store its keys and values at positions first_position and on.
 
         Returns (logits f32 [rows, V] of ``logits_rows``, or None; the plan used). ``cancelled`` is asked before every layer and makes this
         raise RequestCancelledError; what was written by then lies beyond the sequence's committed length and is never read. ``fidelity``
         makes the prefill sparse and ``decode`` the tokens after it, one at a time; without them everything is read. The chunk that ends a
-        prompt is given ``decode`` too, which may learn from it.
+        prompt is given ``decode`` too, which may learn from it. ``each_logits`` is shown the logits of all rows, a tile at a time: the position
+        of the tile's first row, and f32 [tile, V].
         """
         plan = self.attention.plan(first_position, len(token_ids), rope_seq_len=rope_seq_len)
         if fidelity is not None:
@@ -142,9 +146,14 @@ class Decoder:
             if cancelled is not None and cancelled():
                 raise RequestCancelledError("The request was cancelled.")
             delta = self._layer(index, plan, residual, delta, pages(index), fidelity, decode)
+        assert delta is not None
+        for tile in _tiles(len(token_ids), LOGITS_TILE_ROWS) if each_logits is not None else ():
+            if cancelled is not None and cancelled():
+                raise RequestCancelledError("The request was cancelled.")
+            # A copy, because the norm adds delta to the residual in place.
+            each_logits(first_position + tile.start, self._logits(residual[tile].clone(), delta[tile]))
         if logits_rows is None:
             return None, plan
-        assert delta is not None
         return self._logits(residual[logits_rows].contiguous(), delta[logits_rows].contiguous()), plan
 
     def _layer(
@@ -251,8 +260,8 @@ class Decoder:
         return torch.cat([self._linear(self._head, x[tile]).float() for tile in _tiles(len(x))])
 
 
-def _tiles(rows: int) -> list[slice]:
-    return [slice(start, min(start + TILE_ROWS, rows)) for start in range(0, rows, TILE_ROWS)]
+def _tiles(rows: int, size: int = TILE_ROWS) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def _load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> _Layer:
