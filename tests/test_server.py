@@ -21,8 +21,8 @@ from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.request import SamplingParams
 from zen_turbo.errors import CheckpointError
+from zen_turbo.server.answering import EMPTY_CHUNK_AFTER_S
 from zen_turbo.server.app import create_app
-from zen_turbo.server.chat import EMPTY_CHUNK_AFTER_S
 
 NAME = "tiny"
 HELLO = [{"role": "user", "content": "The grass is green."}]
@@ -48,6 +48,16 @@ def wait_until(condition: Any, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
+
+
+@contextmanager
+def serving_client(engine: Engine) -> Iterator[openai.OpenAI]:
+    """The client of a server of its own, for an engine that is loaded already."""
+    app = create_app(lambda: engine, model_name=NAME, keep_alive_s=0.2, default_max_tokens=32)
+    with serving(app) as base:
+        wait_until(lambda: httpx.get(f"{base}/health").status_code == 200)
+        with openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield client
 
 
 @pytest.fixture(scope="module")

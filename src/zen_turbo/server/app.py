@@ -9,83 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import logging
-import threading
-import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from zen_turbo import __version__
 from zen_turbo.engine.engine import Engine
-from zen_turbo.engine.request import RequestOutput, SamplingParams
-from zen_turbo.engine.service import EngineService, RequestStream
-from zen_turbo.errors import InvalidRequestError, ModelNotFoundError
-from zen_turbo.server import errors
-from zen_turbo.server.chat import Reply, stream_body, whole_answer
+from zen_turbo.errors import InvalidRequestError
+from zen_turbo.server import answering, chat, completions, errors, responses
 from zen_turbo.server.errors import LoadingError
-from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_chat_request
-
-logger = logging.getLogger("zen_turbo.server")
+from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_generation
+from zen_turbo.server.served import ServedModel
 
 DEFAULT_MAX_TOKENS = 4096
-
-
-class ServedModel:
-    """The engine behind the routes. ``failure``: why loading ended without one."""
-
-    def __init__(self, load: Callable[[], Engine], name: str, on_failure: Callable[[], None]) -> None:
-        self.name = name
-        self.created = int(time.time())
-        self.failure: Exception | None = None
-        self._load = load
-        self._on_failure = on_failure
-        self._service: EngineService | None = None
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="zen-turbo-load", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            engine = self._load()
-        except Exception as error:
-            self.failure = error
-            self._on_failure()
-            return
-        with self._lock:
-            if not self._closed:
-                self._service = EngineService(engine)
-                logger.info("%s is ready, up to %d tokens", self.name, engine.max_model_len)
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            service, self._service = self._service, None
-        if service is not None:
-            service.close()
-
-    @property
-    def ready(self) -> bool:
-        return self._service is not None
-
-    @property
-    def service(self) -> EngineService:
-        """Raises LoadingError while there is none."""
-        if self._service is None:
-            raise LoadingError(f"{self.name} is being loaded.")
-        return self._service
-
-    @property
-    def engine(self) -> Engine:
-        engine = self.service.engine
-        assert isinstance(engine, Engine)
-        return engine
 
 
 def create_app(
@@ -98,7 +36,7 @@ def create_app(
 ) -> FastAPI:
     """``load`` runs in a thread when the application starts; ``on_failure`` is called in it if it raises, and ``app.state.zen_turbo.failure``
     then holds the exception. ``default_max_tokens``: longest answer of a request that names no limit."""
-    served = ServedModel(load, model_name, on_failure)
+    served = ServedModel(load, model_name, on_failure, keep_alive_s=keep_alive_s, default_max_tokens=default_max_tokens)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -127,7 +65,7 @@ def create_app(
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        _check_model(name, served.name)
+        served.check_model(name)
         return card()
 
     @app.get("/version")
@@ -136,7 +74,7 @@ def create_app(
 
     def tokenize(body: bytes) -> dict[str, Any]:
         engine, asked = served.engine, parse(TokenizeRequest, body)
-        _check_model(asked.model, served.name)
+        served.check_model(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise InvalidRequestError("Send either prompt or messages.", param="prompt")
         if asked.messages is not None:
@@ -148,96 +86,29 @@ def create_app(
 
     def detokenize(body: bytes) -> dict[str, Any]:
         engine, asked = served.engine, parse(DetokenizeRequest, body)
-        _check_model(asked.model, served.name)
+        served.check_model(asked.model)
         if not all(0 <= token < engine.model_config.vocab_size for token in asked.tokens):
             raise InvalidRequestError(f"Token ids must lie in [0, {engine.model_config.vocab_size}).", param="tokens")
         return {"prompt": engine.tokenizer.decode(asked.tokens)}
 
     def count_input(body: bytes) -> dict[str, Any]:
-        chat = parse_chat_request(body)
-        _check_model(chat.model, served.name)
-        return {"input_tokens": len(served.engine.chat_template.encode(chat.messages, **chat.template_options()))}
+        asked = parse_generation(ChatRequest, body)
+        served.check_model(asked.model)
+        tools = {"tools": asked.tools} if asked.tools else {}
+        return {"input_tokens": len(served.engine.chat_template.encode(asked.messages, **asked.template_options(), **tools))}
 
     def about_text(path: str, work: Callable[[bytes], dict[str, Any]]) -> None:
         """A route that computes on text alone, in a worker thread: a million tokens take seconds."""
 
-        @app.post(path)
-        async def route(request: Request) -> Response:
-            try:
-                return JSONResponse(await asyncio.to_thread(work, await request.body()))
-            except Exception as error:
-                return errors.answer_to(request, error)
+        async def handler(request: Request) -> Response:
+            return JSONResponse(await asyncio.to_thread(work, await request.body()))
+
+        answering.post(app, path, handler)
 
     about_text("/tokenize", tokenize)
     about_text("/detokenize", detokenize)
     about_text("/v1/chat/completions/input_tokens", count_input)
-
-    def admit(body: bytes, request_id: str) -> tuple[ChatRequest, RequestStream]:
-        service = served.service
-        chat = parse_chat_request(body)
-        _check_model(chat.model, served.name)
-        sampling = chat.sampling(default_max_tokens)
-        prompt = served.engine.chat_template.encode(chat.messages, **chat.template_options())
-        if chat.max_tokens is None and chat.max_completion_tokens is None:
-            sampling = _shorten(sampling, served.engine.max_model_len - len(prompt))
-        return chat, service.submit(prompt, sampling, request_id=request_id)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        try:
-            return await answer(request)
-        except Exception as error:
-            # Here and not in a handler: the framework raises again what a handler of Exception has answered, and that costs the connection.
-            return errors.answer_to(request, error)
-
-    async def answer(request: Request) -> Response:
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        headers = {"X-Request-Id": request.headers.get("X-Request-Id", request_id)}
-        chat, stream = await asyncio.to_thread(admit, await request.body(), request_id)
-        reply = Reply(
-            request_id=request_id,
-            model=served.name,
-            include_usage=chat.include_usage,
-            return_progress=bool(chat.return_progress),
-        )
-        if chat.stream:
-            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            body = stream_body(stream, reply, keep_alive_s=chat.sse_ping_interval or keep_alive_s)
-            return StreamingResponse(body, media_type="text/event-stream", headers=headers)
-        output = await _unless_disconnected(request, stream)
-        if output is None:
-            return Response(status_code=499)  # nobody reads it
-        return JSONResponse(reply.completion(output), headers=headers)
-
+    chat.install(app, served)
+    completions.install(app, served)
+    responses.install(app, served)
     return app
-
-
-def _check_model(name: str | None, served: str) -> None:
-    if name is not None and name != served:
-        raise ModelNotFoundError(f"The model {name!r} is not served here; {served!r} is.", param="model")
-
-
-def _shorten(sampling: SamplingParams, room: int) -> SamplingParams:
-    """A default is not a wish: where the context ends earlier, so does the default."""
-    if sampling.max_tokens is None or room >= sampling.max_tokens or room < 1:
-        return sampling
-    return dataclasses.replace(sampling, max_tokens=room)
-
-
-async def _unless_disconnected(request: Request, stream: RequestStream) -> RequestOutput | None:
-    """The answer, or None if the client left first; the request is then cancelled."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answer = asyncio.ensure_future(whole_answer(stream))
-    leaving = asyncio.ensure_future(disconnected())
-    try:
-        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-        return None
-    finally:
-        for task in (answer, leaving):
-            task.cancel()
