@@ -231,6 +231,19 @@ def test_a_schema_that_cannot_be_followed_is_refused_before_anything_is_computed
     assert not engine.has_work()
 
 
+def test_answers_to_one_grammar_do_not_share_a_place_in_it(engine: Engine) -> None:
+    """It is compiled once, and only the latest are kept."""
+    grammar = "start: " + guidance.choice(["ab", "ac"])
+    first, second = engine.guidance.matcher(grammar), engine.guidance.matcher(grammar)
+    before = second.allowed()
+    first.consume(engine.tokenizer.encode("a")[0])
+    assert torch.equal(before, second.allowed()) and not torch.equal(before, first.allowed())
+    for number in range(40):
+        engine.guidance.matcher(f'start: "{number}"')
+    assert len(engine.guidance._compiled) == 16 and grammar not in engine.guidance._compiled
+    assert torch.equal(engine.guidance.matcher(grammar).allowed(), before)
+
+
 def test_what_is_no_schema(engine: Engine) -> None:
     with pytest.raises(InvalidRequestError, match="list"):
         guidance.json_schema([])

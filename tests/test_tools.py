@@ -184,15 +184,20 @@ TOOL_LIST = [
 HELLO = [{"role": "user", "content": "The grass is green."}]
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    folder = tiny.save(tiny.model("qwen2", max_position_embeddings=512, vocab_size=322), tmp_path_factory.mktemp("tools"))
+def load(folder: Path, template: str) -> Engine:
+    """A tiny random model with a template of our choice; <think> and </think> are tokens of it, but not special ones, as in Qwen3."""
+    tiny.save(tiny.model("qwen2", max_position_embeddings=512, vocab_size=322), folder)
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": HERMES_TEMPLATE}))
-    engine = LLM(folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=4096).engine
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    return LLM(folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=4096).engine
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    engine = load(tmp_path_factory.mktemp("tools"), HERMES_TEMPLATE)
     yield engine
     engine.close()
 

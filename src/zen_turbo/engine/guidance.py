@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -21,9 +22,10 @@ import torch
 from zen_turbo.errors import InvalidRequestError, UnsupportedParameterError
 from zen_turbo.text.tokenizer import Tokenizer
 
-_WHITE_SPACE = r"( |\r?\n[ \t]{0,32})?"
+_WHITE_SPACE = r"( |\r?\n[ \t]{0,20})?"
 # About 1 to 2 KB for each state of the lexer, of each request: 100 MB at most, where the library's own limit would allow 500.
 _MAX_LEXER_STATES = 50_000
+_MAX_COMPILED = 16
 _MAX_MESSAGE_CHARACTERS = 500
 
 
@@ -91,7 +93,8 @@ class Matcher:
 
 
 class Guidance:
-    """Grammars over one vocabulary. Its tree of token texts is built when the first grammar comes (up to a second)."""
+    """Grammars over one vocabulary. Its tree of token texts is built when the first grammar comes (up to a second); a grammar is compiled when
+    it comes first, which may take as long, and the latest are kept. May be used from any thread."""
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
@@ -99,15 +102,24 @@ class Guidance:
         self._eos_token_ids = sorted(eos_token_ids)
         self._limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         self._vocabulary: llguidance.LLTokenizer | None = None
+        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
     def matcher(self, grammar: str) -> Matcher:
         """A matcher at the beginning of ``grammar`` (a Lark text with a rule ``start``). Raises InvalidRequestError that says what is wrong
         with it, and UnsupportedParameterError for a model without end token."""
-        matcher = llguidance.LLMatcher(self._built(), grammar, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise _refusal(matcher.get_error())
-        return Matcher(matcher, self._vocab_size)
+        with self._lock:
+            matcher = self._compiled.get(grammar)
+        if matcher is None:
+            matcher = llguidance.LLMatcher(self._built(), grammar, log_level=0, limits=self._limits)
+            if matcher.is_error():
+                raise _refusal(matcher.get_error())
+        with self._lock:
+            self._compiled[grammar] = matcher
+            self._compiled.move_to_end(grammar)
+            if len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        return Matcher(matcher.deep_copy(), self._vocab_size)
 
     def _built(self) -> llguidance.LLTokenizer:
         with self._lock:

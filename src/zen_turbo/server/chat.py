@@ -101,6 +101,8 @@ def admit(served: ServedModel, chat: ChatRequest, request_id: str) -> Admitted:
     if chat.asked_max_tokens is None:
         sampling = shortened(sampling, engine.max_model_len - len(prompt))
     with named(grammar=source):
+        if bound is not None:
+            engine.guidance.matcher(bound)  # compiled here, where no other request waits for it
         streams = answering.submit_choices(served.service, prompt, sampling, n=chat.n or 1, request_id=request_id)
     return Admitted(chat, form, streams)
 

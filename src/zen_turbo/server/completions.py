@@ -110,6 +110,8 @@ def install(app: FastAPI, served: ServedModel) -> None:
         streams: list[RequestStream] = []
         try:
             with named(grammar=source, messages="prompt"):
+                if bound is not None:
+                    engine.guidance.matcher(bound)  # compiled here, where no other request waits for it
                 for number, prompt in enumerate(prompts):
                     room = engine.max_model_len - len(prompt.token_ids)
                     own = sampling if asked.max_tokens is not None else shortened(sampling, room)
@@ -132,15 +134,20 @@ class _Choice:
         if echo:
             self.echoed = prompt.text if prompt.text is not None else tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
         self.logprobs: list[TokenLogprobs] = []
+        self.offsets: list[int] = []
         self.output: RequestOutput | None = None
         self._at = len(self.echoed)
         self._decoder = tokenizer.incremental(skip_special_tokens=skip_special_tokens)
 
-    def offset_of(self, token_id: int) -> int:
-        """Where the next token of the answer begins."""
-        at = self._at
-        self._at += len(self._decoder.push(token_id))
-        return at
+    def add(self, values: Sequence[TokenLogprobs]) -> list[int]:
+        """Keep the next tokens of the answer; returns where they begin."""
+        offsets = []
+        for value in values:
+            offsets.append(self._at)
+            self._at += len(self._decoder.push(value.token_id))
+        self.logprobs += values
+        self.offsets += offsets
+        return offsets
 
 
 class CompletionWriter:
@@ -170,10 +177,9 @@ class CompletionWriter:
             state.output = event.output
             return [self._chunk(choice, "", finish_reason=_finish_reason(event.output), **extras(event.output))]
         assert isinstance(event, TokenDelta)
-        state.logprobs += event.logprobs
-        if not event.logprobs:
+        offsets = state.add(event.logprobs)
+        if not offsets:
             return [self._chunk(choice, event.text)] if event.text else []
-        offsets = [state.offset_of(value.token_id) for value in event.logprobs]
         return [self._chunk(choice, event.text, self._logprobs(event.logprobs, offsets))]
 
     def pause(self) -> list[bytes]:
@@ -206,16 +212,12 @@ class CompletionWriter:
 
     def _whole_logprobs(self, state: _Choice, output: RequestOutput) -> dict[str, Any]:
         """Of the prompt, if it is echoed, and the answer. Nothing precedes the prompt's first token, so nothing is said of it."""
-        values: list[TokenLogprobs] = []
-        offsets: list[int] = []
-        if output.prompt_logprobs is not None:
-            offsets = self._prompt_offsets(state.prompt)
-            values += output.prompt_logprobs
-        found = self._logprobs([*values, *state.logprobs], [*offsets[1:], *(state.offset_of(value.token_id) for value in state.logprobs)])
-        if output.prompt_logprobs is not None:
-            first = {"tokens": self._name(state.prompt.token_ids[0]), "token_logprobs": None, "top_logprobs": None, "text_offset": offsets[0]}
-            found = {key: [first[key], *found[key]] for key in found}
-        return found
+        if output.prompt_logprobs is None:
+            return self._logprobs(state.logprobs, state.offsets)
+        offsets = self._prompt_offsets(state.prompt)
+        found = self._logprobs([*output.prompt_logprobs, *state.logprobs], [*offsets[1:], *state.offsets])
+        first = {"tokens": self._name(state.prompt.token_ids[0]), "token_logprobs": None, "top_logprobs": None, "text_offset": offsets[0]}
+        return {key: [first[key], *values] for key, values in found.items()}
 
     def _prompt_offsets(self, prompt: _Prompt) -> list[int]:
         decoder = self._tokenizer.incremental(skip_special_tokens=False)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pydantic
 
-from zen_turbo.engine.request import SamplingParams
+from zen_turbo.engine.request import MAX_LOGPROBS, SamplingParams
 from zen_turbo.errors import InvalidRequestError, UnsupportedParameterError
 from zen_turbo.server.structured import structured_outputs_rule
 
@@ -166,6 +166,8 @@ class ChatRequest(GenerationRequest):
             if self.top_logprobs:
                 raise InvalidRequestError("top_logprobs needs logprobs true.", param="top_logprobs")
             return None
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            raise InvalidRequestError(f"top_logprobs must be between 0 and {MAX_LOGPROBS}, not {self.top_logprobs}.", param="top_logprobs")
         return self.top_logprobs or 0
 
     def template_options(self) -> dict[str, Any]:

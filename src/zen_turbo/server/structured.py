@@ -170,7 +170,7 @@ def _calls(functions: Sequence[Function], form: ToolForm, *, tag: Any, one_call:
         bodies = []
         for function in functions:
             head = literal('{"name": "' + function.name + f'", "{key}": ')
-            bodies.append(f'{head} {guidance.json_schema(dict(function.parameters), strict=function.strict)} "}}"')
+            bodies.append(f'{head} {guidance.json_schema(_closed(function.parameters), strict=function.strict)} "}}"')
     rules = [f"body: {' | '.join(f'body_{number}' for number in range(len(bodies)))}"]
     rules += [f"body_{number}: {body}" for number, body in enumerate(bodies)]
     if form is ToolForm.LLAMA:
@@ -192,6 +192,11 @@ def _free_text_with_calls(form: ToolForm, *, tag: Any, one_call: bool) -> list[s
     lead = f"lead: TEXT {OPEN}" if special else f"lead[lazy]: TEXT {tag(OPEN)}"
     call = f'(lead "\\n" body "\\n" {tag(CLOSE)})' + ("?" if one_call else "*")
     return [f"text_with_calls: {call} tail", lead, "tail: TEXT", "TEXT: /(.|\\n)*/"]
+
+
+def _closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that a function does not name help nobody, unless its schema asks for them."""
+    return {"additionalProperties": False, **parameters} if parameters.get("properties") else dict(parameters)
 
 
 def _coder_body(function: Function) -> str:
