@@ -17,6 +17,8 @@ import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
@@ -24,7 +26,9 @@ from zen_turbo.engine.request import SamplingParams
 from zen_turbo.errors import CheckpointError
 from zen_turbo.server.answering import EMPTY_CHUNK_AFTER_S
 from zen_turbo.server.app import create_app
-from zen_turbo.server.schemas import GenerationRequest
+from zen_turbo.server.completions import CompletionRequest
+from zen_turbo.server.responses import ResponsesRequest
+from zen_turbo.server.schemas import ChatRequest, GenerationRequest
 
 NAME = "tiny"
 HELLO = [{"role": "user", "content": "The grass is green."}]
@@ -382,6 +386,36 @@ def test_neutral_and_unknown_fields_are_accepted(client: openai.OpenAI) -> None:
         service_tier="auto",
         extra_body={"something_new": 1, "top_k": -1, "repetition_penalty": 1.0},
     )
+
+
+_ROUTES: dict[str, tuple[type[GenerationRequest], dict[str, Any]]] = {
+    "chat/completions": (ChatRequest, {"messages": HELLO, "max_tokens": 1}),
+    "completions": (CompletionRequest, {"prompt": "a", "max_tokens": 1}),
+    "responses": (ResponsesRequest, {"input": "a", "max_output_tokens": 1}),
+}
+_FIELDS = [(route, field) for route, (kind, _) in _ROUTES.items() for field in sorted({*kind.model_fields, *kind.neutral})]
+_VALUES = st.recursive(
+    st.sampled_from([None, True, False, 0, 1, -1, 3, 2**70, 0.5, 1e308, "", "x", "auto", "required", "json", "\ud800", "<|im_end|>"]),
+    lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(
+        st.sampled_from("type function name schema json_schema parameters role content format regex choice tool_calls text effort 5".split()),
+        inner,
+        max_size=3,
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200)
+@given(where=st.sampled_from(_FIELDS), value=_VALUES)
+def test_whatever_a_field_holds_it_is_honoured_or_refused(url: str, where: tuple[str, str], value: Any) -> None:
+    route, field = where
+    body = {**_ROUTES[route][1], field: value}
+    response = httpx.post(f"{url}/v1/{route}", content=json.dumps(body).encode(), timeout=60)
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        error = response.json()["error"]
+        assert error["type"] == "invalid_request_error" and error["message"]
 
 
 def test_the_documentation_names_what_is_honoured_and_refused() -> None:
