@@ -166,6 +166,65 @@ def test_a_seed_repeats_and_another_differs(llm: LLM) -> None:
     assert sample(1) == sample(1) != sample(2)
 
 
+def test_logprobs_are_those_of_transformers(engine: Engine, tiny_folder: Path) -> None:
+    """Of answer and prompt, over several chunks and tiles, whatever was cached before."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder).float().eval()
+    prompt = tiny.tokens(300)
+    run(engine, (prompt, GREEDY))
+    sampling = SamplingParams(temperature=1.7, seed=3, max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=3, presence_penalty=2)
+    events: list[Event] = []
+    engine.submit(prompt, sampling, on_event=events.append)
+    while engine.step():
+        pass
+    final = events[-1]
+    assert isinstance(final, Finished)
+    output = final.output
+    assert output.cached_tokens == 0
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([[*prompt, *output.token_ids]])).logits[0].double(), -1)
+    deltas = [value for event in events if isinstance(event, TokenDelta) for value in event.logprobs]
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 299
+    assert [value.token_id for value in deltas] == list(output.token_ids)
+    for row, value in enumerate([*output.prompt_logprobs, *deltas]):
+        best = expected[row].topk(len(value.top))
+        assert value.token_id == [*prompt, *output.token_ids][row + 1]
+        assert value.logprob == pytest.approx(float(expected[row, value.token_id]), abs=1e-3)
+        assert [logprob for _, logprob in value.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+    assert [len(value.top) for value in (*output.prompt_logprobs[:2], *deltas[:2])] == [3, 3, 2, 2]
+    assert run(engine, (prompt, GREEDY))[0].cached_tokens == 256
+
+
+def test_prompt_logprobs_are_bounded_with_both_numbers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zen_turbo.engine.engine.MAX_PROMPT_LOGPROBS", 100)
+    with pytest.raises(InvalidRequestError, match="153 numbers; at most 100"):
+        engine.submit(tiny.tokens(51), SamplingParams(prompt_logprobs=2), on_event=lambda event: None)
+
+
+def test_no_tokens_wanted_reads_the_prompt(engine: Engine) -> None:
+    output = run(engine, (tiny.tokens(4096), SamplingParams(max_tokens=0)))[0]
+    assert (output.text, output.token_ids, output.finish_reason) == ("", (), "length")
+    assert run(engine, (tiny.tokens(4090), SamplingParams(max_tokens=1)))[0].cached_tokens == 4032
+
+
+def test_min_tokens_hold_off_every_end(llm: LLM) -> None:
+    prompt = tiny.tokens(40)
+    free = llm.generate(prompt, GREEDY)
+    early = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "stop": (free.text[:2],)}
+    assert len(llm.generate(prompt, SamplingParams(**early)).token_ids) < 3
+    late = llm.generate(prompt, SamplingParams(**early, min_tokens=6))
+    assert len(late.token_ids) >= 6 and late.text.startswith(free.text[:4])
+    ends = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "stop_token_ids": free.token_ids[:1]}
+    assert len(llm.generate(prompt, SamplingParams(**ends)).token_ids) == 1
+    assert len(llm.generate(prompt, SamplingParams(**ends, min_tokens=5)).token_ids) >= 5
+
+
+def test_special_tokens_are_shown_on_request(llm: LLM) -> None:
+    prompt, bias = tiny.tokens(40), {1: 100.0}  # <|im_start|>, again and again
+    shown = SamplingParams(temperature=0.0, max_tokens=2, logit_bias=bias, skip_special_tokens=False)
+    assert llm.generate(prompt, shown).text == "<|im_start|>" * 2
+    assert llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=2, logit_bias=bias)).text == ""
+
+
 # Refusals: before anything is computed, and with the numbers.
 
 
@@ -189,7 +248,25 @@ def test_other_refusals(engine: Engine, tiny_folder: Path, tmp_path: Path) -> No
         engine.submit([], GREEDY, on_event=lambda event: None)
     with pytest.raises(InvalidRequestError, match="320"):
         engine.submit([320], GREEDY, on_event=lambda event: None)
-    for values in ({"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"min_p": 2}, {"max_tokens": 0}, {"stop": ("",)}, {"temperature": float("nan")}):
+    with pytest.raises(InvalidRequestError, match="320"):
+        engine.submit([3], SamplingParams(logit_bias={320: 1.0}), on_event=lambda event: None)
+    for values in (
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_k": -2},
+        {"min_p": 2},
+        {"max_tokens": -1},
+        {"stop": ("",)},
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": float("nan")},
+        {"repetition_penalty": 0},
+        {"logit_bias": {3: 101}},
+        {"min_tokens": 300},
+        {"logprobs": 21},
+        {"prompt_logprobs": -1},
+        {"min_tokens": 1, "grammar": 'start: "a"'},
+    ):
         with pytest.raises(InvalidRequestError) as caught:
             SamplingParams(**values)  # type: ignore[arg-type]
         assert caught.value.param in values

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zen_turbo.engine.logprobs import PromptLogprobs, token_logprobs
 from zen_turbo.engine.request import SamplingParams
 from zen_turbo.engine.sampler import Sampler
 from zen_turbo.engine.stop import StopMatcher
@@ -53,6 +56,64 @@ def test_samples_follow_the_distribution() -> None:
     assert float((counts - torch.softmax(LOGITS, -1)).abs().max()) < 0.03
 
 
+def adjusted(sampled: list[int], **settings: Any) -> list[float]:
+    """The logits for the token after ``sampled``, which is forced by a bias that is then taken back."""
+    sampler = Sampler(SamplingParams(temperature=0.0, **settings), prompt_token_ids=[3, 3, 0], end_token_ids=[1])
+    for token in sampled:
+        assert sampler.sample(torch.full((5,), -50.0).index_fill(0, torch.tensor([token]), 50.0)) == token
+    return sampler.adjusted(LOGITS).tolist()
+
+
+def test_presence_and_frequency_count_the_answer_only() -> None:
+    assert adjusted([], presence_penalty=1.5, frequency_penalty=0.5) == LOGITS.tolist()
+    assert adjusted([4, 2, 4], presence_penalty=1.5) == [1.0, 3.0, 0.5, 0.0, 1.5]
+    assert adjusted([4, 2, 4], frequency_penalty=0.5) == [1.0, 3.0, 1.5, 0.0, 2.0]
+    assert adjusted([4, 2, 4], presence_penalty=-1, frequency_penalty=0.5) == [1.0, 3.0, 2.5, 0.0, 3.0]
+
+
+def test_repetition_counts_prompt_and_answer_and_moves_both_signs_down() -> None:
+    assert adjusted([4], repetition_penalty=2.0) == [0.5, 3.0, 2.0, 0.0, 1.5]
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), prompt_token_ids=[0])
+    assert sampler.adjusted(torch.tensor([-1.0, -1.0])).tolist() == [-2.0, -1.0]
+
+
+def test_a_bias_is_added_and_logits_are_left_as_they_are() -> None:
+    before = LOGITS.clone()
+    assert adjusted([], logit_bias={0: 2.5, 3: -100}) == [3.5, 3.0, 2.0, -100.0, 3.0]
+    assert torch.equal(before, LOGITS)
+
+
+def test_no_end_token_before_min_tokens() -> None:
+    assert adjusted([4], min_tokens=2) == [1.0, float("-inf"), 2.0, 0.0, 3.0]
+    assert adjusted([4, 4], min_tokens=2) == LOGITS.tolist()
+
+
+def test_logprobs_are_of_the_model_and_name_the_token() -> None:
+    expected = torch.log_softmax(LOGITS.double(), -1).tolist()
+    value = token_logprobs(LOGITS, 2, 3)
+    assert (value.token_id, value.logprob) == (2, pytest.approx(expected[2]))
+    assert {token for token, _ in value.top[:2]} == {1, 4} and value.top[2][0] == 2
+    assert [logprob for _, logprob in value.top] == pytest.approx([expected[1], expected[4], expected[2]])
+    assert token_logprobs(LOGITS, 2, 0).top == () and len(token_logprobs(LOGITS, 2, 20).top) == 5
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(0, 3))
+def test_prompt_logprobs_in_any_tiles(sizes: list[int], top: int) -> None:
+    total = sum(sizes)
+    generator = torch.Generator().manual_seed(total)
+    tokens = torch.randint(7, (total,), generator=generator).tolist()
+    logits = torch.randn((total, 7), generator=generator)
+    gathered, at = PromptLogprobs(tokens, top), 0
+    for size in sizes:
+        gathered.add(at, logits[at : at + size])
+        at += size
+    expected = [token_logprobs(logits[row], tokens[row + 1], top) for row in range(total - 1)]
+    found = gathered.result()
+    assert [value.token_id for value in found] == tokens[1:]
+    assert [value.logprob for value in found] == pytest.approx([value.logprob for value in expected], abs=1e-5)
+    assert [[token for token, _ in value.top] for value in found] == [[token for token, _ in value.top] for value in expected]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
     for temperature in (0.0, 1.0):
@@ -84,6 +145,11 @@ def test_stop_strings_in_any_portions(text: str, stops: list[str], sizes: list[i
     assert stopped
     assert text.startswith(shown) and any(text[len(shown) :].startswith(stop) for stop in stops)
     assert not any(stop in shown for stop in stops)
+
+
+def test_a_stop_string_may_be_shown() -> None:
+    matcher = StopMatcher(("<end>", "end"), include=True)
+    assert [matcher.push("some <en"), matcher.push("d> more")] == [("some ", False), ("<end>", True)]
 
 
 GEOMETRY = PageGeometry(num_layers=2, num_key_value_heads=2, head_dim=64, dtype=torch.bfloat16)

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import Slowly, serving, wait_until
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.request import SamplingParams
 from zen_turbo.errors import CheckpointError
+from zen_turbo.server.answering import EMPTY_CHUNK_AFTER_S
 from zen_turbo.server.app import create_app
-from zen_turbo.server.chat import EMPTY_CHUNK_AFTER_S
+from zen_turbo.server.completions import CompletionRequest
+from zen_turbo.server.responses import ResponsesRequest
+from zen_turbo.server.schemas import ChatRequest, GenerationRequest
 
 NAME = "tiny"
 HELLO = [{"role": "user", "content": "The grass is green."}]
+
+
+@contextmanager
+def serving_client(engine: Engine) -> Iterator[openai.OpenAI]:
+    """The client of a server of its own, for an engine that is loaded already."""
+    app = create_app(lambda: engine, model_name=NAME, keep_alive_s=0.2, default_max_tokens=32)
+    with serving(app) as base:
+        wait_until(lambda: httpx.get(f"{base}/health").status_code == 200)
+        with openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            yield client
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +148,107 @@ def test_a_stop_string_and_sampling_reach_the_engine(client: openai.OpenAI) -> N
     assert only == chat(client).choices[0].message.content
 
 
+def test_several_choices(client: openai.OpenAI, engine: Engine) -> None:
+    """Each as if it were asked for alone with its own seed."""
+    messages = [{"role": "user", "content": "Once upon a time there was a choice. " * 20}]
+    settings: dict[str, Any] = {"messages": messages, "temperature": 1.0, "max_tokens": 12, "logprobs": True}
+    answer = chat(client, **settings, n=3, seed=7)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2] and len(set(texts)) == 3
+    assert texts == [chat(client, **settings, seed=seed).choices[0].message.content for seed in (7, 8, 9)]
+    assert answer.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in answer.choices)
+    chunks = list(chat(client, **settings, n=3, seed=7, stream=True, stream_options={"include_usage": True}))
+    for index, text in enumerate(texts):
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == index]
+        assert mine[0].delta.role == "assistant" and "".join(choice.delta.content or "" for choice in mine) == text
+        assert sum(choice.finish_reason is not None for choice in mine) == 1 and mine[-1].finish_reason
+    assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+    assert chunks[-1].usage.prompt_tokens == answer.usage.prompt_tokens
+
+
+def test_a_prompt_is_read_once_for_all_choices(client: openai.OpenAI, engine: Engine) -> None:
+    seen: list[int] = []
+    forward = engine.decoder.forward
+
+    def spy(token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(token_ids))
+        return forward(token_ids, *args, **kwargs)
+
+    engine.decoder.forward = spy  # type: ignore[method-assign]
+    try:
+        answer = chat(client, messages=[{"role": "user", "content": "A prompt of which pages are shared. " * 40}], n=3, max_tokens=1)
+    finally:
+        engine.decoder.forward = forward  # type: ignore[method-assign]
+    assert sum(seen) <= answer.usage.prompt_tokens + 2 * 64
+
+
+def test_logprobs_of_an_answer(client: openai.OpenAI, engine: Engine) -> None:
+    answer = chat(client, logprobs=True, top_logprobs=3, max_tokens=10)
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for entry in content:
+        assert len(entry.top_logprobs) == 3 and entry.logprob == entry.top_logprobs[0].logprob <= 0  # greedy
+        assert bytes(entry.bytes).decode(errors="replace") == entry.token
+    assert b"".join(bytes(entry.bytes) for entry in content).decode(errors="replace") == answer.choices[0].message.content
+    bare = chat(client, logprobs=True, max_tokens=2).choices[0].logprobs.content
+    assert [entry.top_logprobs for entry in bare] == [[], []] and bare[0].logprob == content[0].logprob
+    chunks = [chunk.choices[0] for chunk in chat(client, logprobs=True, top_logprobs=3, max_tokens=10, stream=True)]
+    streamed = [entry for choice in chunks if choice.logprobs for entry in choice.logprobs.content]
+    assert [(entry.token, entry.bytes) for entry in streamed] == [(entry.token, entry.bytes) for entry in content]
+    assert [entry.logprob for entry in streamed] == pytest.approx([entry.logprob for entry in content], abs=0.05)  # bf16
+    only = chat(client, logit_bias={str(engine.tokenizer.encode("x")[0]): 100}, max_tokens=3, logprobs=True).choices[0]
+    assert only.message.content == "xxx" and only.logprobs.content[0].logprob < -0.5, "of the model, not of the bias"
+
+
+def test_formats(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    whole = chat(client, response_format=form, max_tokens=200).choices[0]
+    assert whole.finish_reason == "stop" and list(json.loads(whole.message.content)) == ["ok"]
+    chunks = [chunk.choices[0] for chunk in chat(client, response_format=form, max_tokens=200, stream=True)]
+    assert "".join(choice.delta.content or "" for choice in chunks) == whole.message.content
+    assert chat(client, response_format={"type": "json_object"}, max_tokens=60).choices[0].message.content.startswith("{")
+    assert chat(client, extra_body={"guided_choice": ["up", "down"]}).choices[0].message.content in ("up", "down")
+    unique = {"type": "array", "items": {"enum": [1]}, "uniqueItems": True, "maxItems": 1}
+    loose = {"type": "json_schema", "json_schema": {"name": "x", "strict": False, "schema": unique}}
+    assert json.loads(chat(client, response_format=loose, max_tokens=100).choices[0].message.content) in ([], [1])
+    exact = {"type": "json_schema", "json_schema": {"name": "x", "schema": unique}}
+    body = refused(client, openai.BadRequestError, response_format=exact)
+    assert body["param"] == "response_format" and "uniqueItems" in body["message"]
+
+
+def test_an_answer_that_was_begun_is_gone_on_with(client: openai.OpenAI, engine: Engine) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "The sky"}]
+    prompt = "<|im_start|>user\nThe grass is green.<|im_end|>\n<|im_start|>assistant\nThe sky"
+    expected = client.completions.create(model=NAME, prompt=prompt, temperature=0, max_tokens=8).choices[0].text
+    assert chat(client, messages=begun).choices[0].message.content == expected
+    explicit = {"continue_final_message": True, "add_generation_prompt": False}
+    assert chat(client, messages=begun, extra_body=explicit).choices[0].message.content == expected
+    closed = chat(client, messages=begun, extra_body={"add_generation_prompt": True})
+    assert closed.usage.prompt_tokens > chat(client, messages=begun).usage.prompt_tokens
+
+
+def test_a_failure_of_one_choice_ends_all(client: openai.OpenAI, engine: Engine) -> None:
+    sample, count = engine._sample, 0
+
+    def faulty(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise RuntimeError("broken")
+        sample(*args)
+
+    engine._sample = faulty  # type: ignore[method-assign]
+    try:
+        refused(client, openai.InternalServerError, n=3, max_tokens=2000, extra_body={"ignore_eos": True})
+        count = 0
+        with pytest.raises(openai.APIError, match="Internal error"):
+            list(chat(client, n=3, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}))
+    finally:
+        engine._sample = sample  # type: ignore[method-assign]
+    wait_until(lambda: not engine.has_work())
+
+
 def test_cached_tokens_are_reported(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "Here we go. There and back again. " * 40}]
     chat(client, messages=messages)
@@ -199,11 +317,25 @@ def test_a_default_of_max_tokens_ends_where_the_context_does(client: openai.Open
         ({"top_p": 7}, "top_p", "invalid_request"),
         ({"max_tokens": 0}, "max_tokens", "invalid_request"),
         ({"max_tokens": "many"}, "max_tokens", "invalid_request"),
-        ({"n": 2}, "n", "unsupported_parameter"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
-        ({"logit_bias": {"5": 10}}, "logit_bias", "unsupported_parameter"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"n": 0}, "n", "invalid_request"),
+        ({"n": 129}, "n", "invalid_request"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_request"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_request"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"320": 1}}, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "invalid_request"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "invalid_request"),
+        ({"stop": ["x"] * 65}, "stop", "invalid_request"),
+        ({"stop": "x" * 257}, "stop", "invalid_request"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format", "unsupported_parameter"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_request"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wat"}}}}, "response_format", "invalid_request"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs", "unsupported_parameter"),
+        ({"extra_body": {"truncate_prompt_tokens": 5}}, "truncate_prompt_tokens", "unsupported_parameter"),
+        ({"extra_body": {"cache_salt": "mine"}}, "cache_salt", "unsupported_parameter"),
+        ({"extra_body": {"continue_final_message": True}}, "continue_final_message", "invalid_request"),
+        ({"extra_body": {"min_tokens": 9}}, "min_tokens", "invalid_request"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
         ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template", "unsupported_parameter"),
         ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "chat_template_kwargs", "invalid_request"),
@@ -229,6 +361,45 @@ def test_neutral_and_unknown_fields_are_accepted(client: openai.OpenAI) -> None:
         service_tier="auto",
         extra_body={"something_new": 1, "top_k": -1, "repetition_penalty": 1.0},
     )
+
+
+_ROUTES: dict[str, tuple[type[GenerationRequest], dict[str, Any]]] = {
+    "chat/completions": (ChatRequest, {"messages": HELLO, "max_tokens": 1}),
+    "completions": (CompletionRequest, {"prompt": "a", "max_tokens": 1}),
+    "responses": (ResponsesRequest, {"input": "a", "max_output_tokens": 1}),
+}
+_FIELDS = [(route, field) for route, (kind, _) in _ROUTES.items() for field in sorted({*kind.model_fields, *kind.neutral})]
+_VALUES = st.recursive(
+    st.sampled_from([None, True, False, 0, 1, -1, 3, 2**70, 0.5, 1e308, "", "x", "auto", "required", "json", "\ud800", "<|im_end|>"]),
+    lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(
+        st.sampled_from("type function name schema json_schema parameters role content format regex choice tool_calls text effort 5".split()),
+        inner,
+        max_size=3,
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200)
+@given(where=st.sampled_from(_FIELDS), value=_VALUES)
+def test_whatever_a_field_holds_it_is_honoured_or_refused(url: str, where: tuple[str, str], value: Any) -> None:
+    route, field = where
+    body = {**_ROUTES[route][1], field: value}
+    response = httpx.post(f"{url}/v1/{route}", content=json.dumps(body).encode(), timeout=60)
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        error = response.json()["error"]
+        assert error["type"] == "invalid_request_error" and error["message"]
+
+
+def test_the_documentation_names_what_is_honoured_and_refused() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+    named = set(re.findall(r"`([a-z_]+)`", page)) | set(re.search(r"## Sampling\n\n`([^`]+)`", page)[1].split())  # type: ignore[index]
+    plumbing = {"messages", "model", "n", "stream", "sse_ping_interval", "response_format", "tool_choice"}
+    refused_fields = set(page.partition("## Refused by name")[2].replace("`", " ").replace(",", " ").split())
+    assert set(GenerationRequest.model_fields) - plumbing <= named
+    assert set(GenerationRequest.neutral) - {"use_beam_search", "structural_tag"} <= refused_fields
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
@@ -257,8 +428,9 @@ def test_silence_is_broken_by_comments(url: str, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_cancels_its_request(url: str, engine: Engine, stream: bool) -> None:
-    body = {"model": NAME, "messages": HELLO, "stream": stream, "max_tokens": 3000, "ignore_eos": True}
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_client_that_leaves_cancels_its_requests(url: str, engine: Engine, stream: bool, n: int) -> None:
+    body = {"model": NAME, "messages": HELLO, "stream": stream, "max_tokens": 3000, "ignore_eos": True, "n": n}
     with Slowly(engine, 0.01):
         with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=1.0) as http:
             if stream:

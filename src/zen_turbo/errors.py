@@ -84,7 +84,8 @@ class ContextLengthExceededError(InvalidRequestError):
     def __init__(self, *, num_prompt_tokens: int, max_tokens: int, max_model_len: int, param: str | None = "messages") -> None:
         super().__init__(
             f"This model's maximum context length is {max_model_len} tokens. However, your messages resulted in "
-            f"{num_prompt_tokens} tokens plus {max_tokens} for the answer.",
+            # LangChain recognises an overflow by the last words, LiteLLM by the first.
+            f"{num_prompt_tokens} tokens plus {max_tokens} for the answer: the prompt is too long for that.",
             param=param,
             n_prompt_tokens=num_prompt_tokens,
             n_ctx=max_model_len,

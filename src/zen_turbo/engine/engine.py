@@ -27,7 +27,10 @@ from zen_turbo.attention.fidelity import WINDOW_TOKENS, Fidelity
 from zen_turbo.attention.selection import policy_of
 from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.engine import memory
+from zen_turbo.engine.guidance import Guidance
+from zen_turbo.engine.logprobs import PromptLogprobs, token_logprobs
 from zen_turbo.engine.request import (
+    MAX_PROMPT_LOGPROBS,
     Event,
     Failed,
     Finished,
@@ -92,6 +95,7 @@ class Engine:
             checkpoint.close()
         self.max_model_len = self._resolve_max_model_len()
         self.eos_token_ids = frozenset(self.model_config.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids)
+        self.guidance = Guidance(self.tokenizer, vocab_size=self.model_config.vocab_size, eos_token_ids=self.eos_token_ids)
         if self.config.attention != "dense" and WINDOW_TOKENS % self.config.prefill_chunk_tokens:
             raise ConfigurationError(
                 f"prefill_chunk_tokens {self.config.prefill_chunk_tokens} must divide {WINDOW_TOKENS} with sparse attention, "
@@ -158,19 +162,30 @@ class Engine:
     ) -> str:
         """Queue a request; events arrive on the thread that calls ``step``.
 
-        Raises EmptyPromptError, InvalidRequestError (a token id outside the vocabulary), ContextLengthExceededError and
-        InsufficientMemoryError (the request could never fit), each before anything is computed.
+        Raises EmptyPromptError, InvalidRequestError (a token id outside the vocabulary, a grammar that cannot be followed, more prompt logprobs
+        than may be kept), ContextLengthExceededError and InsufficientMemoryError (the request could never fit), each before anything is
+        computed.
         """
         sampling = sampling or SamplingParams()
         tokens = list(prompt_token_ids)
         if not tokens:
             raise EmptyPromptError("The prompt has no tokens.", param="messages")
-        if min(tokens) < 0 or max(tokens) >= self.model_config.vocab_size:
-            raise InvalidRequestError(f"Token ids must lie in [0, {self.model_config.vocab_size}).", param="prompt")
+        vocab_size = self.model_config.vocab_size
+        for ids, param in ((tokens, "prompt"), (sampling.logit_bias, "logit_bias")):
+            if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+                raise InvalidRequestError(f"Token ids must lie in [0, {vocab_size}).", param=param)
         room = self.max_model_len - len(tokens)
         wanted = sampling.max_tokens
-        if room < (wanted or 1):
-            raise ContextLengthExceededError(num_prompt_tokens=len(tokens), max_tokens=wanted or 1, max_model_len=self.max_model_len)
+        least = 1 if wanted is None else wanted
+        if room < least:
+            raise ContextLengthExceededError(num_prompt_tokens=len(tokens), max_tokens=least, max_model_len=self.max_model_len)
+        kept = 0 if sampling.prompt_logprobs is None else len(tokens) * (1 + sampling.prompt_logprobs)
+        if kept > MAX_PROMPT_LOGPROBS:
+            raise InvalidRequestError(
+                f"Log probabilities of {len(tokens)} prompt tokens with {sampling.prompt_logprobs} alternatives each are {kept} numbers; "
+                f"at most {MAX_PROMPT_LOGPROBS} are kept.",
+                param="logprobs",
+            )
         have = self.pool.num_slots * self.geometry.slot_bytes
         if wanted is None:
             # As many as fit: the model's limit or the pool's, whichever comes first; finish_reason says "length".
@@ -178,6 +193,7 @@ class Engine:
         need = self.geometry.bytes_for(len(tokens) + wanted)
         if need > have:
             raise InsufficientMemoryError(f"A request of {len(tokens)} + {wanted} tokens", need_bytes=need, have_bytes=have)
+        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_token_ids)}
         request = Running(
             request_id=request_id or f"req-{uuid.uuid4().hex}",
             tokens=tokens,
@@ -185,9 +201,15 @@ class Engine:
             max_tokens=wanted,
             sampling=sampling,
             on_event=on_event,
-            sampler=Sampler(sampling),
-            stops=StopMatcher(sampling.stop),
-            detokenizer=self.tokenizer.incremental(),
+            sampler=Sampler(
+                sampling,
+                prompt_token_ids=tokens,
+                end_token_ids=[token for token in ends if 0 <= token < vocab_size],
+                matcher=self.guidance.matcher(sampling.grammar) if sampling.grammar is not None else None,
+            ),
+            stops=StopMatcher(sampling.stop, include=sampling.include_stop_str_in_output),
+            detokenizer=self.tokenizer.incremental(skip_special_tokens=sampling.skip_special_tokens),
+            prompt_logprobs=PromptLogprobs(tokens, sampling.prompt_logprobs) if sampling.prompt_logprobs is not None else None,
             chain=self.reuse.chain(tokens),
             submitted=time.perf_counter(),
         )
@@ -339,13 +361,18 @@ class Engine:
                 )
             if not self.decoder.advance(request.run):
                 run, request.run = request.run, None
+                if request.prompt_logprobs is not None:
+                    self.decoder.each_logits(run, request.prompt_logprobs.add)
                 cache.commit(end)
                 self.reuse.keep(request)
                 self._progress(request)
                 if end == request.num_prompt_tokens:
                     self.reuse.end_of_prompt(request)
                     self._scheduler.answer(request)
-                    self._sample(request, self.decoder.logits(run, slice(end - start - 1, end - start))[0])
+                    if request.max_tokens:
+                        self._sample(request, self.decoder.logits(run, slice(end - start - 1, end - start))[0])
+                    else:
+                        self._finish(request, "length")
                     return
             if time.perf_counter() - began >= PREFILL_QUANTUM_S:
                 return
@@ -384,29 +411,32 @@ class Engine:
 
     def _sample(self, request: Running, logits: torch.Tensor) -> None:
         """Choose a token, stream what is safe to show, and finish the request if it is done."""
+        sampling = request.sampling
         token = request.sampler.sample(logits)
+        logprobs = () if sampling.logprobs is None else (token_logprobs(logits, token, sampling.logprobs),)
         if not request.first_token:
             request.first_token = time.perf_counter()
         request.tokens.append(token)
-        sampling = request.sampling
-        if token in sampling.stop_token_ids or (token in self.eos_token_ids and not sampling.ignore_eos):
-            self._emit(request, (token,), flush=True)
-            self._finish(request, "stop")
-        elif self._emit(request, (token,), text=request.detokenizer.push(token)):
-            self._finish(request, "stop")
-        elif request.num_generated >= request.max_tokens:
-            stopped = self._emit(request, (), flush=True)
-            self._finish(request, "stop" if stopped else "length")
+        ended = token in sampling.stop_token_ids or (token in self.eos_token_ids and not sampling.ignore_eos)
+        complete = ended or request.sampler.finished
+        last = complete or request.num_generated >= request.max_tokens
+        shown = not ended or sampling.include_stop_str_in_output
+        text = request.detokenizer.push(token) if shown else ""
+        stopped = self._emit(request, TokenDelta(text, (token,), logprobs), flush=last)
+        if last or stopped:
+            self._finish(request, "stop" if complete or stopped else "length")
 
-    def _emit(self, request: Running, token_ids: tuple[int, ...], *, text: str = "", flush: bool = False) -> bool:
+    def _emit(self, request: Running, delta: TokenDelta, *, flush: bool) -> bool:
         """Send new text through the stop strings; ``flush`` also sends what was held back. True if a stop string was found."""
-        if flush:
-            text += request.detokenizer.flush()
-        shown, stopped = request.stops.push(text)
+        text = delta.text + (request.detokenizer.flush() if flush else "")
+        if request.num_generated < request.sampling.min_tokens:
+            shown, stopped = text, False
+        else:
+            shown, stopped = request.stops.push(text)
         if flush and not stopped:
             shown += request.stops.flush()
         request.text += shown
-        request.on_event(TokenDelta(shown, token_ids))
+        request.on_event(delta._replace(text=shown))
         return stopped
 
     def _finish(self, request: Running, reason: str) -> None:
@@ -420,6 +450,7 @@ class Engine:
             prompt_tokens=request.num_prompt_tokens,
             cached_tokens=request.cached_tokens,
             finish_reason=reason,
+            prompt_logprobs=request.prompt_logprobs.result() if request.prompt_logprobs and reason != "abort" else None,
             metrics=RequestMetrics(
                 queue_s=started - request.submitted,
                 ttft_s=first - request.submitted,

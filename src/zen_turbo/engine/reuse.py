@@ -76,8 +76,10 @@ class Reuse:
     def reserve(self, request: Running) -> bool:
         """Give the request a cache that begins with the longest prefix that is known and has room for all it may need. False and nothing changed
         where memory is too small at the moment."""
-        self._load(request)
-        known = self.prefixes.find(request.chain, (request.num_prompt_tokens - 1) // PAGE_TOKENS, grid_pages=self._grid_pages)
+        reusable = _reusable_pages(request)
+        if reusable:
+            self._load(request)
+        known = self.prefixes.find(request.chain, reusable, grid_pages=self._grid_pages)
         cache = SequenceCache(self._pool)
         cache.adopt(known.slots)
         total = request.num_prompt_tokens + request.max_tokens
@@ -98,7 +100,9 @@ class Reuse:
     def worth_waiting(self, request: Running, others: tuple[Running, ...]) -> bool:
         """Whether one of ``others``, which are being read, will soon have computed at least half of what the request would have to compute
         itself: two questions about one long document then read it once."""
-        most = (request.num_prompt_tokens - 1) // PAGE_TOKENS
+        most = _reusable_pages(request)
+        if not most:
+            return False
         for other in others:
             assert other.cache is not None
             if request.num_prompt_tokens == other.num_prompt_tokens and request.tokens == other.tokens:
@@ -167,6 +171,11 @@ class Reuse:
         if loaded.num_pages < count:  # a damaged segment is gone, with the sound pages that stood before the damage
             store.put([_stored_page(request, first + at, slot, note) for at, (slot, note) in enumerate(zip(slots, notes, strict=False))])
         self._pool.free(slots)
+
+
+def _reusable_pages(request: Running) -> int:
+    """Pages that need not be computed if they are known: the last token is always read, and every token whose logits are wanted."""
+    return 0 if request.prompt_logprobs is not None else (request.num_prompt_tokens - 1) // PAGE_TOKENS
 
 
 def _common_pages(one: Chain, other: Chain, most: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from zen_turbo.attention.decode import SparseDecode
 from zen_turbo.attention.fidelity import Fidelity
+from zen_turbo.engine.logprobs import PromptLogprobs
 from zen_turbo.engine.request import Event, SamplingParams
 from zen_turbo.engine.sampler import Sampler
 from zen_turbo.engine.stop import StopMatcher
@@ -31,6 +32,7 @@ class Running:
     sampler: Sampler
     stops: StopMatcher
     detokenizer: IncrementalDecoder
+    prompt_logprobs: PromptLogprobs | None
     chain: Chain
     submitted: float
     aborted: threading.Event = field(default_factory=threading.Event)

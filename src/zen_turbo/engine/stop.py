@@ -4,18 +4,20 @@ from __future__ import annotations
 
 
 class StopMatcher:
-    """Feeds on text in any portions and gives back what is safe to show. The earliest stop string wins and is not shown."""
+    """Feeds on text in any portions and gives back what is safe to show. The earliest stop string wins; it is shown only with ``include``."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
         self._stops = stops
+        self._include = include
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text -> (text to show now, whether a stop string was found). After a stop nothing may be pushed."""
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at, at + len(stop)) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
+            start, end = min(found)
+            shown, self._held = self._held[: end if self._include else start], ""
             return shown, True
         keep = self._may_begin_stop()
         cut = len(self._held) - keep

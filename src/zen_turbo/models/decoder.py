@@ -35,6 +35,8 @@ from zen_turbo.models.config import ModelConfig
 from zen_turbo.models.linear import TILE_ROWS, Linear
 from zen_turbo.models.loader import Checkpoint
 
+# Rows of logits that are looked at together: 40 MB with a vocabulary of 150,000.
+LOGITS_TILE_ROWS = 64
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -178,6 +180,14 @@ class Decoder:
         self.timers = run.timers
         return self._logits(run.residual[rows].contiguous(), run.delta[rows].contiguous())
 
+    @torch.inference_mode()
+    def each_logits(self, run: ChunkRun, see: Callable[[int, torch.Tensor], None]) -> None:
+        """Show the logits of all rows of such a chunk, a tile at a time: the position of the tile's first row, and f32 [tile, V]."""
+        assert run.delta is not None and run.next_layer == len(self._layers)
+        for tile in _tiles(run.plan.num_rows, LOGITS_TILE_ROWS):
+            # A copy, because the norm adds delta to the residual in place.
+            see(run.plan.first_position + tile.start, self._logits(run.residual[tile].clone(), run.delta[tile]))
+
     def forward(
         self, token_ids: torch.Tensor, pages: LayerPages, *, logits_rows: slice | None = None, **settings: Any
     ) -> tuple[torch.Tensor | None, ChunkPlan]:
@@ -318,8 +328,8 @@ class Decoder:
         return torch.cat([self._linear(self._head, x[tile]).float() for tile in _tiles(len(x))])
 
 
-def _tiles(rows: int) -> list[slice]:
-    return [slice(start, min(start + TILE_ROWS, rows)) for start in range(0, rows, TILE_ROWS)]
+def _tiles(rows: int, size: int = TILE_ROWS) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def _load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> _Layer:

@@ -9,11 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import logging
-import threading
-import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -23,75 +18,17 @@ from fastapi.responses import JSONResponse
 
 from zen_turbo import __version__
 from zen_turbo.engine.engine import Engine
-from zen_turbo.engine.request import SamplingParams
-from zen_turbo.engine.service import EngineService, RequestStream
-from zen_turbo.errors import InvalidRequestError, ModelNotFoundError, ShuttingDownError
-from zen_turbo.server import errors, openapi, page
+from zen_turbo.errors import InvalidRequestError
+from zen_turbo.server import answering, chat, completions, errors, openapi, page, responses
 from zen_turbo.server import files as files_api
-from zen_turbo.server.chat import Reply, stream_body, whole_answer
 from zen_turbo.server.errors import LoadingError
 from zen_turbo.server.file_store import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_QUOTA_BYTES, FileStore
 from zen_turbo.server.operations import Operations
-from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_chat_request
+from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_generation
+from zen_turbo.server.served import ServedModel
 from zen_turbo.server.settings import ServerSettings
-from zen_turbo.server.slow_answers import CancellingResponse, answer_when_done
-
-logger = logging.getLogger("zen_turbo.server")
 
 DEFAULT_MAX_TOKENS = 4096
-
-
-class ServedModel:
-    """The engine behind the routes. ``failure``: why loading ended without one."""
-
-    def __init__(self, load: Callable[[], Engine], name: str, on_failure: Callable[[], None], operations: Operations) -> None:
-        self.name = name
-        self.created = int(time.time())
-        self.failure: Exception | None = None
-        self._load = load
-        self._on_failure = on_failure
-        self.operations = operations
-        self._service: EngineService | None = None
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="zen-turbo-load", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            engine = self._load()
-        except Exception as error:
-            self.failure = error
-            self._on_failure()
-            return
-        with self._lock:
-            if not self._closed:
-                self._service = self.operations.service(engine)
-                logger.info("%s is ready, up to %d tokens", self.name, engine.max_model_len)
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-        if self._service is not None:
-            self._service.close(ShuttingDownError("The server is shutting down."))
-
-    @property
-    def ready(self) -> bool:
-        return self._service is not None
-
-    @property
-    def service(self) -> EngineService:
-        """Raises LoadingError while there is none."""
-        if self._service is None:
-            raise LoadingError(f"{self.name} is being loaded.")
-        return self._service
-
-    @property
-    def engine(self) -> Engine:
-        engine = self.service.engine
-        assert isinstance(engine, Engine)
-        return engine
 
 
 def create_app(
@@ -110,7 +47,8 @@ def create_app(
     then holds the exception. ``default_max_tokens``: longest answer of a request that names no limit. ``settings``: keys and limits.
     ``files_dir``: where uploaded files stay, None for a temporary folder; raises ConfigurationError if it cannot be used."""
     operations = Operations(settings or ServerSettings(), model_name)
-    served = ServedModel(load, model_name, on_failure, operations)
+    store = FileStore(files_dir, quota_bytes=files_quota_bytes)
+    served = ServedModel(load, model_name, on_failure, operations, keep_alive_s=keep_alive_s, default_max_tokens=default_max_tokens)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -124,7 +62,6 @@ def create_app(
     errors.install(app)
     operations.install(app)
     page.install(app)
-    store = FileStore(files_dir, quota_bytes=files_quota_bytes)
     files = files_api.install(app, store, lambda: served.engine if served.ready else None, max_upload_bytes=max_upload_bytes)
     openapi.install(app)
 
@@ -145,7 +82,7 @@ def create_app(
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        _check_model(name, served.name)
+        served.check_model(name)
         return card()
 
     @app.get("/version")
@@ -154,7 +91,7 @@ def create_app(
 
     def tokenize(body: bytes) -> dict[str, Any]:
         engine, asked = served.engine, parse(TokenizeRequest, body)
-        _check_model(asked.model, served.name)
+        served.check_model(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise InvalidRequestError("Send either prompt or messages.", param="prompt")
         if asked.messages is not None:
@@ -166,73 +103,29 @@ def create_app(
 
     def detokenize(body: bytes) -> dict[str, Any]:
         engine, asked = served.engine, parse(DetokenizeRequest, body)
-        _check_model(asked.model, served.name)
+        served.check_model(asked.model)
         if not all(0 <= token < engine.model_config.vocab_size for token in asked.tokens):
             raise InvalidRequestError(f"Token ids must lie in [0, {engine.model_config.vocab_size}).", param="tokens")
         return {"prompt": engine.tokenizer.decode(asked.tokens)}
 
     def count_input(body: bytes) -> dict[str, Any]:
-        chat = parse_chat_request(body)
-        _check_model(chat.model, served.name)
-        return {"input_tokens": len(served.engine.chat_template.encode(files.expand(chat.messages), **chat.template_options()))}
+        asked = parse_generation(ChatRequest, body)
+        served.check_model(asked.model)
+        tools = {"tools": asked.tools} if asked.tools else {}
+        return {"input_tokens": len(served.engine.chat_template.encode(files.expand(asked.messages), **asked.template_options(), **tools))}
 
     def about_text(path: str, work: Callable[[bytes], dict[str, Any]]) -> None:
         """A route that computes on text alone, in a worker thread: a million tokens take seconds."""
 
-        @app.post(path)
-        async def route(request: Request) -> Response:
-            try:
-                return JSONResponse(await asyncio.to_thread(work, await request.body()))
-            except Exception as error:
-                return errors.answer_to(request, error)
+        async def handler(request: Request) -> Response:
+            return JSONResponse(await asyncio.to_thread(work, await request.body()))
+
+        answering.post(app, path, handler)
 
     about_text("/tokenize", tokenize)
     about_text("/detokenize", detokenize)
     about_text("/v1/chat/completions/input_tokens", count_input)
-
-    def admit(body: bytes, request_id: str) -> tuple[ChatRequest, RequestStream]:
-        service = served.service
-        chat = parse_chat_request(body)
-        _check_model(chat.model, served.name)
-        sampling = chat.sampling(default_max_tokens)
-        prompt = served.engine.chat_template.encode(files.expand(chat.messages), **chat.template_options())
-        if chat.max_tokens is None and chat.max_completion_tokens is None:
-            sampling = _shorten(sampling, served.engine.max_model_len - len(prompt))
-        return chat, service.submit(prompt, sampling, request_id=request_id)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        try:
-            return await answer(request)
-        except Exception as error:
-            # Here and not in a handler: the framework raises again what a handler of Exception has answered, and that costs the connection.
-            return errors.answer_to(request, error)
-
-    async def answer(request: Request) -> Response:
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        chat, stream = await asyncio.to_thread(admit, await request.body(), request_id)
-        reply = Reply(
-            request_id=request_id,
-            model=served.name,
-            include_usage=chat.include_usage,
-            return_progress=bool(chat.return_progress),
-        )
-        if chat.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            body = stream_body(stream, reply, keep_alive_s=chat.sse_ping_interval or keep_alive_s)
-            return CancellingResponse(body, cancel=stream.cancel, media_type="text/event-stream", headers=headers)
-        return await answer_when_done(request, whole_answer(stream, reply), cancel=stream.cancel, pad=operations.settings.pad_slow_answers)
-
+    chat.install(app, served, files.expand)
+    completions.install(app, served)
+    responses.install(app, served, files.expand)
     return app
-
-
-def _check_model(name: str | None, served: str) -> None:
-    if name is not None and name != served:
-        raise ModelNotFoundError(f"The model {name!r} is not served here; {served!r} is.", param="model")
-
-
-def _shorten(sampling: SamplingParams, room: int) -> SamplingParams:
-    """A default is not a wish: where the context ends earlier, so does the default."""
-    if sampling.max_tokens is None or room >= sampling.max_tokens or room < 1:
-        return sampling
-    return dataclasses.replace(sampling, max_tokens=room)

@@ -4,22 +4,26 @@ Templates are programs from strangers, so they run in jinja2's immutable sandbox
 place of the messages' contents, and the contents are put back afterwards: special tokens are parsed only in what the template wrote, and a
 megabyte of document does not pass through template filters. Where the template changes contents (it may trim them), the result is compared
 with a rendering of the real contents; if no faithful splice exists and a content holds the text of a special token, the request is refused.
+The same holds for every other string that a request brings (tool definitions, arguments of calls), of which only those are replaced that hold
+such a text.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 
 from zen_turbo.errors import EmptyPromptError, InvalidRequestError, UnsupportedModelError
 from zen_turbo.text.tokenizer import Tokenizer
 from zen_turbo.text.tokenizer_source import TokenizerSource
+from zen_turbo.text.tools import ToolForm, form_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -29,39 +33,73 @@ class TemplateError(jinja2.TemplateError):
 
 
 class ChatTemplate:
-    """A compiled template. ``template`` None means that the checkpoint has none; chatting is then an UnsupportedModelError."""
+    """A compiled template. ``template`` None means that the checkpoint has none; chatting is then an UnsupportedModelError.
+
+    ``takes_tools``: whether it shows the model tool definitions; ``tool_form``: how the model then writes calls, if that is known; ``thinks``:
+    whether it knows of thoughts that end with </think>.
+    """
 
     def __init__(self, template: str | None, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._template = _environment().from_string(template) if template is not None else None
+        environment = _environment()
+        self._template = environment.from_string(template) if template is not None else None
+        self.takes_tools = template is not None and "tools" in jinja2.meta.find_undeclared_variables(environment.parse(template))
+        self.tool_form: ToolForm | None = form_of(template) if template is not None and self.takes_tools else None
+        self.thinks = template is not None and "</think>" in template
 
     def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any) -> str:
         """The prompt as text, as transformers renders it."""
         return self._render(_checked(messages), add_generation_prompt, kwargs)
 
-    def encode(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any) -> list[int]:
-        """The prompt as token ids. Raises InvalidRequestError (param "messages") for messages the template or we do not accept."""
+    def encode(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The prompt as token ids. ``continue_final_message``: end inside the last message, so that the model goes on with it.
+
+        Raises InvalidRequestError (param "messages") for messages the template or we do not accept.
+        """
         checked = _checked(messages)
+        if continue_final_message and (add_generation_prompt or checked[-1]["role"] != "assistant"):
+            raise InvalidRequestError(
+                "continue_final_message needs a last message of the assistant and add_generation_prompt false.", param="continue_final_message"
+            )
         contents = [message["content"] for message in checked]
         rendered = self._render(checked, add_generation_prompt, kwargs)
-        # A placeholder that no content contains.
+        others = _Others(self._tokenizer.special_tokens)
+        masked_messages = [others.masked({**message, "content": ""}) for message in checked]
+        masked_kwargs = others.masked(kwargs)
+        # A placeholder that no text contains.
         stem = "\ue000content"
-        while any(stem in content for content in contents):
+        while stem in rendered:
             stem += "\ue000"
         names = [f"{stem}{index}\ue001" for index in range(len(contents))]
-        masked = self._render(
-            [{**message, "content": name} for message, name in zip(checked, names, strict=True)], add_generation_prompt, kwargs
-        )
-        for candidate in (contents, [content.strip() for content in contents]):
-            pieces = _splice(masked, names, candidate)
-            if "".join(text for text, _ in pieces) == rendered:
-                return self._encode_pieces(pieces)
-        if any(special in content for content in contents for special in self._tokenizer.special_tokens):
+        other_names = [f"{stem}{index}\ue002" for index in range(len(others.texts))]
+        for message, name in zip(masked_messages, names, strict=True):
+            message["content"] = name
+        masked = self._render(others.named(masked_messages, other_names), add_generation_prompt, others.named(masked_kwargs, other_names))
+        last = masked.rfind(names[-1])
+        if continue_final_message and last < 0:
+            raise InvalidRequestError("The model's chat template does not show the final message, so it cannot be continued.", param="messages")
+        for content in (contents, [content.strip() for content in contents]):
+            for other in (others.texts, [json.dumps(text, ensure_ascii=False)[1:-1] for text in others.texts])[: 1 + bool(others.texts)]:
+                replaced = [*names, *other_names], [*content, *other]
+                if "".join(text for text, _ in _splice(masked, *replaced)) == rendered:
+                    end = last + len(names[-1]) if continue_final_message else len(masked)
+                    return self._encode_pieces(_splice(masked[:end], *replaced))
+        if others.texts or any(special in content for content in contents for special in self._tokenizer.special_tokens):
             raise InvalidRequestError(
-                "A message contains the text of a special token, and this model's chat template changes contents in a way that would let "
+                "A message or tool contains the text of a special token, and this model's chat template changes it in a way that would let "
                 "it act as one.",
                 param="messages",
             )
+        if continue_final_message:
+            final = contents[-1].strip()
+            rendered = rendered[: rendered.rindex(final) + len(final)] if final and final in rendered else rendered
         return self._tokenizer.encode(rendered, allow_special=True)
 
     def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> list[int]:
@@ -138,10 +176,72 @@ def _checked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
             raise InvalidRequestError(f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}.", param="messages")
-        result.append({**message, "content": _text_of(message.get("content"), where)})
+        checked = {**message, "content": _text_of(message.get("content"), where)}
+        if message.get("tool_calls"):
+            checked["tool_calls"] = [_call_with_mapping(call, where) for call in _list_of(message["tool_calls"], where)]
+        elif "tool_calls" in checked:
+            del checked["tool_calls"]  # null or empty, which templates would take for calls
+        result.append(checked)
     if not any(message["content"] for message in result):
         raise EmptyPromptError("The messages hold no text.", param="messages")
     return result
+
+
+def _list_of(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InvalidRequestError(f"{where}: tool_calls must be a list.", param="messages")
+    return value
+
+
+def _call_with_mapping(call: Any, where: str) -> dict[str, Any]:
+    """A call as templates want it: OpenAI's arguments are JSON in a string, and templates print a mapping as JSON themselves."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError(f"{where}: a tool call needs function.name.", param="messages")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequestError(f"{where}: arguments of the call of {function['name'][:100]!r} are not a JSON object.", param="messages")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+class _Hidden(int):
+    """Stands for string number ``self`` of _Others until it has a name."""
+
+
+class _Others:
+    """Strings outside of contents that hold the text of a special token; they get placeholders as contents do."""
+
+    def __init__(self, special_tokens: Iterable[str]) -> None:
+        self._special = tuple(special_tokens)
+        self.texts: list[str] = []
+
+    def masked(self, value: Any) -> Any:
+        if isinstance(value, str) and any(special in value for special in self._special):
+            self.texts.append(value)
+            return _Hidden(len(self.texts) - 1)
+        if isinstance(value, Mapping):
+            for key in value:
+                if isinstance(self.masked(key), _Hidden):
+                    raise InvalidRequestError(f"The key {key[:100]!r} contains the text of a special token.", param="messages")
+            return {key: self.masked(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.masked(item) for item in value]
+        return value
+
+    def named(self, value: Any, names: Sequence[str]) -> Any:
+        """What ``masked`` gave, with names in place of the strings."""
+        if isinstance(value, _Hidden):
+            return names[value]
+        if isinstance(value, dict):
+            return {key: self.named(item, names) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.named(item, names) for item in value]
+        return value
 
 
 def _text_of(content: Any, where: str) -> str:
@@ -154,7 +254,7 @@ def _text_of(content: Any, where: str) -> str:
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text") or not isinstance(part.get("text"), str):
+        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             raise InvalidRequestError(f"{where}: content part of type {kind!r} is not supported (text is).", param="messages")
         texts.append(part["text"])
     return "".join(texts)

@@ -27,6 +27,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 _END_OF_GENERATION = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "</s>")
 _SEGMENT_CHARACTERS = 1 << 16
 _COUNTED_TOGETHER = 16
+_APART = "\x02"
 # A line end between two visible ASCII characters: every byte-level pattern breaks there, and neither side's pieces depend on the other.
 _SAFE_BREAK = re.compile(r"(?<=[!-~]\n)(?=[0-9A-Za-z])")
 
@@ -75,6 +76,15 @@ class Tokenizer:
         for piece, special_id in self.split_special(text) if allow_special else [(text, None)]:
             ids += self._encode_plain(piece) if special_id is None else [special_id]
         return ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of ordinary text that follows other text: without the space that some tokenizers put before the first word."""
+        if not self._strip_first_space:
+            return self._encode_plain(text)
+        # That space goes before a character which no vocabulary joins with others; what follows it is wanted.
+        ids = self._encode_plain(_APART + text)
+        mark = next(at for at, token in enumerate(ids) if self.token_bytes(token).endswith(_APART.encode()))
+        return ids[mark + 1 :]
 
     def split_special(self, text: str) -> list[tuple[str, int | None]]:
         """Cut text at special tokens: (piece, None) for ordinary text, (text, id) for a special token."""
@@ -143,8 +153,8 @@ class Tokenizer:
         decoder = IncrementalDecoder(self, skip_special_tokens=skip_special_tokens)
         return "".join([decoder.push(token) for token in ids] + [decoder.flush()])
 
-    def incremental(self) -> IncrementalDecoder:
-        return IncrementalDecoder(self)
+    def incremental(self, *, skip_special_tokens: bool = True) -> IncrementalDecoder:
+        return IncrementalDecoder(self, skip_special_tokens=skip_special_tokens)
 
 
 class IncrementalDecoder:
