@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from serving import serving, wait_until
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
 from zen_turbo.server.app import create_app
-from zen_turbo.server.openapi import BODIES
+from zen_turbo.server.openapi import BODIES, FORMS
 from zen_turbo.server.schemas import ChatRequest
 
 
@@ -43,7 +44,7 @@ def document(url: str) -> dict[str, Any]:
 def test_every_route_that_takes_a_body_says_which(engine: Engine, document: dict[str, Any]) -> None:
     app = create_app(lambda: engine, model_name="tiny")
     posts = {route.path for route in app.routes if isinstance(route, APIRoute) and "POST" in route.methods}
-    assert posts == set(BODIES)
+    assert posts == set(BODIES) | set(FORMS)
     for path, model in BODIES.items():
         content = document["paths"][path]["post"]["requestBody"]["content"]
         assert content == {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
@@ -64,6 +65,10 @@ def test_the_document_is_whole(document: dict[str, Any]) -> None:
     collect(document)
     assert {reference.removeprefix("#/components/schemas/") for reference in references} <= set(schemas)
     assert set(schemas["ChatRequest"]["properties"]) == set(ChatRequest.model_fields)
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            named = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"}
+            assert named == set(re.findall(r"{(\w+)}", path))
     assert all("default" in operation["responses"] for item in document["paths"].values() for operation in item.values())
 
 

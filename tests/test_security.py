@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,14 +18,15 @@ import httpx
 import openai
 import pytest
 from serving import Held, serving, wait_until
+from starlette.types import Message, Receive, Scope, Send
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
-from zen_turbo.errors import ConfigurationError
+from zen_turbo.errors import ConfigurationError, RequestTooLargeError
 from zen_turbo.server.app import create_app
 from zen_turbo.server.keys import KeyRing, collect_keys
 from zen_turbo.server.logs import JsonFormatter, TextFormatter
-from zen_turbo.server.security import BODIES_IN_FLIGHT, OPEN_PATHS
+from zen_turbo.server.security import BODIES_IN_FLIGHT, OPEN_PATHS, BodyLimit
 from zen_turbo.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
@@ -266,20 +270,48 @@ def test_the_announced_length_is_refused_before_a_byte_is_read(open_server: http
 
 
 def test_all_bodies_together_have_a_limit(engine: Engine) -> None:
-    half = b"{" + b" " * 6000
+    """Nine bodies of nine tenths of the limit are more than eight limits: not all of them are taken."""
     with server(engine, max_body_bytes=10_000) as client:
         address = (client.base_url.host, client.base_url.port)
-        connections = [socket.create_connection(address) for _ in range(BODIES_IN_FLIGHT * 10_000 // len(half))]
+        connections = [socket.create_connection(address) for _ in range(BODIES_IN_FLIGHT + 1)]
         try:
             for connection in connections:
-                connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\n".encode() + half)
-            wait_until(lambda: client.post(CHAT, content=half).status_code == 429)
-            refused = client.post(CHAT, content=half)
-            assert expect(refused, 429, "rate_limit_exceeded")["reason"] == "body_bytes"
+                connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 9500\r\n\r\n".encode() + b" " * 9000)
+            refused, _, _ = select.select(connections, [], [], 20)
+            assert refused
+            for connection in refused:
+                answer = b""
+                while b'"reason":"body_bytes"' not in answer:
+                    piece = connection.recv(4096)
+                    assert piece, answer
+                    answer += piece
+                assert answer.startswith(b"HTTP/1.1 429")
         finally:
             for connection in connections:
                 connection.close()
-        wait_until(lambda: client.post(CHAT, content=half).status_code == 400)
+        wait_until(lambda: client.post(CHAT, content=b" " * 9000).status_code == 400)
+
+
+@pytest.mark.parametrize("end", ["read", "left unread", "too large", "failed"])
+def test_a_body_counts_until_its_request_ends_however(end: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while end != "left unread" and (await receive())["more_body"]:
+            assert limit._in_memory > 0
+        if end == "failed":
+            raise ValueError
+
+    async def receive() -> Message:
+        sent.append(100)
+        return {"type": "http.request", "body": b" " * 100, "more_body": end == "too large" or len(sent) < 5}
+
+    async def send(message: Message) -> None: ...
+
+    sent: list[int] = []
+    limit = BodyLimit(app, default=1000)
+    expected: type[Exception] | None = {"too large": RequestTooLargeError, "failed": ValueError}.get(end)
+    with pytest.raises(expected) if expected else contextlib.nullcontext():
+        asyncio.run(limit({"type": "http", "path": "/", "headers": []}, receive, send))
+    assert limit._in_memory == 0
 
 
 def test_headers_are_bounded(open_server: httpx.Client) -> None:

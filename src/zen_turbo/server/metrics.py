@@ -21,7 +21,9 @@ from zen_turbo.engine.request import Event, Failed, Finished, PrefillProgress, R
 PREFIX = "zen_turbo:"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FINISH_REASONS = ("stop", "length", "abort", "error")
-REJECTIONS = ("max_queue", "max_requests_per_key", "body_bytes", "insufficient_memory", "context_length_exceeded", "loading", "shutting_down")
+REJECTIONS = tuple(
+    "max_queue max_requests_per_key body_bytes insufficient_memory context_length_exceeded readers_busy loading shutting_down".split()
+)
 
 _LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 10240, 14400)
 _TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)

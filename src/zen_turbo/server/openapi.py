@@ -5,12 +5,14 @@ Routes read raw bodies, so that megabytes are parsed off the event loop; the fra
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pydantic
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from zen_turbo.server.files import MAX_LISTED, PURPOSES
 from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 
 BODIES: dict[str, type[pydantic.BaseModel]] = {
@@ -18,6 +20,22 @@ BODIES: dict[str, type[pydantic.BaseModel]] = {
     "/detokenize": DetokenizeRequest,
     "/v1/chat/completions": ChatRequest,
     "/v1/chat/completions/input_tokens": ChatRequest,
+}
+_PURPOSE = {"type": "string", "enum": list(PURPOSES)}
+FORMS: dict[str, dict[str, Any]] = {
+    "/v1/files": {
+        "type": "object",
+        "required": ["file", "purpose"],
+        "properties": {"file": {"type": "string", "format": "binary"}, "purpose": _PURPOSE},
+    },
+}
+_QUERIES: dict[str, dict[str, Any]] = {
+    "/v1/files": {
+        "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LISTED},
+        "order": {"enum": ["asc", "desc"]},
+        "after": {"type": "string"},
+        "purpose": {"type": "string"},
+    },
 }
 _REFERENCE = "#/components/schemas/{model}"
 _METHODS = frozenset({"get", "put", "post", "delete", "patch"})
@@ -65,6 +83,12 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
             operation["responses"]["default"] = _ERROR
             if method == "post" and path in BODIES:
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _schema(BODIES[path], schemas)}}}
+            if method == "post" and path in FORMS:
+                operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": FORMS[path]}}}
+            operation["parameters"] = [
+                *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"{(\w+)", path)),
+                *({"name": name, "in": "query", "schema": schema} for name, schema in _QUERIES.get(path, {}).items() if method == "get"),
+            ]
     return document
 
 
