@@ -12,7 +12,9 @@ import pydantic
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from zen_turbo.server.completions import CompletionRequest
 from zen_turbo.server.files import MAX_LISTED, PURPOSES
+from zen_turbo.server.responses import ResponsesRequest
 from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 
 BODIES: dict[str, type[pydantic.BaseModel]] = {
@@ -20,6 +22,8 @@ BODIES: dict[str, type[pydantic.BaseModel]] = {
     "/detokenize": DetokenizeRequest,
     "/v1/chat/completions": ChatRequest,
     "/v1/chat/completions/input_tokens": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
 }
 _PURPOSE = {"type": "string", "enum": list(PURPOSES)}
 FORMS: dict[str, dict[str, Any]] = {
