@@ -91,31 +91,32 @@ static inline void rotate_head(const float* x, const float* cos, const float* si
   }
 }
 
-// Mean key and mean value of a full page, fp32 [2][head_dim], from what is stored: a page filled in pieces has the means of one filled at once.
+// Mean, largest and smallest key of a full page, channel by channel, fp32 [3][head_dim], from what is stored: a page filled in pieces has the
+// summary of one filled at once.
 template <class S, class Dot>
-static void page_means(const typename S::T* k_page, int head_dim, float* means) {
-  const typename S::T* v_page = k_page + int64_t(ZT_PAGE) * head_dim;
+static void page_summary(const typename S::T* k_page, int head_dim, float* summary) {
   constexpr int pair = Dot::PAIR;
-  alignas(64) float lanes[16];
+  alignas(64) float sums[16], highs[16], lows[16];
   for (int d = 0; d < head_dim; d += pair) {  // lanes are 16 keys, or 8 keys by two dims
-    vec sum = zero();
+    vec sum = zero(), high = set1(-3e38f), low = set1(-3e38f);
     for (int group = 0; group < ZT_PAGE / 16; group++)
-      for (int i = 0; i < pair; i++) sum = add(sum, S::get(k_page + int64_t(group) * 16 * head_dim + d * 16 + i * 16));
-    store(lanes, sum);
+      for (int i = 0; i < pair; i++) {
+        const vec keys = S::get(k_page + int64_t(group) * 16 * head_dim + d * 16 + i * 16);
+        sum = add(sum, keys);
+        high = max_(high, keys);
+        low = max_(low, sub(zero(), keys));
+      }
+    store(sums, sum), store(highs, high), store(lows, low);
     for (int e = 0; e < pair; e++) {
-      float total = 0;
-      for (int i = e; i < 16; i += pair) total += lanes[i];
-      means[d + e] = total / ZT_PAGE;
-    }
-  }
-  for (int d = 0; d < head_dim; d += 16 / pair) {  // lanes are 16 dims, or 8 dims by two keys
-    vec sum = zero();
-    for (int key = 0; key < ZT_PAGE; key += pair) sum = add(sum, S::get(v_page + int64_t(key) * head_dim + d * pair));
-    store(lanes, sum);
-    for (int i = 0; i < 16 / pair; i++) {
-      float total = 0;
-      for (int e = 0; e < pair; e++) total += lanes[i * pair + e];
-      means[head_dim + d + i] = total / ZT_PAGE;
+      float total = 0, most = highs[e], least = lows[e];
+      for (int i = e; i < 16; i += pair) {
+        total += sums[i];
+        most = most > highs[i] ? most : highs[i];
+        least = least > lows[i] ? least : lows[i];
+      }
+      summary[d + e] = total / ZT_PAGE;
+      summary[head_dim + d + e] = most;
+      summary[2 * head_dim + d + e] = -least;
     }
   }
 }
@@ -195,7 +196,7 @@ static int store_typed(const zt_store_args* a) {
       if (int8 && end % ZT_PAGE) __builtin_memcpy(a->kv.open + h * a->kv.open_head_stride, k_page, size_t(elements) * sizeof(*k_page));
       if (int8 && end % ZT_PAGE == 0) pack_page<S, Dot>(k_page, head_dim, slot);
       if (a->summaries && end % ZT_PAGE == 0)
-        page_means<S, Dot>(k_page, head_dim, a->summaries + int64_t(a->kv.page_table[page]) * a->summary_slot_stride + h * 2 * head_dim);
+        page_summary<S, Dot>(k_page, head_dim, a->summaries + int64_t(a->kv.page_table[page]) * a->summary_slot_stride + h * 3 * head_dim);
     }
   }
   __builtin_free(collected);

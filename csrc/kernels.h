@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #define ZT_PAGE 64
-#define ZT_ABI_VERSION 5
+#define ZT_ABI_VERSION 6
 
 enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1, ZT_INT8 = 2 /* pages only */ };
 enum zt_status { ZT_OK = 0, ZT_BAD_ARGUMENT = 1, ZT_NO_MEMORY = 2 };
@@ -70,7 +70,7 @@ typedef struct {
   const float* k_norm;
   float norm_eps;
   zt_page_view kv;
-  float* summaries;            /* [slots][kv_heads][2][head_dim]: mean key and mean value of every page that this call fills, or null */
+  float* summaries;            /* [slots][kv_heads][3][head_dim]: mean, largest and smallest key of every page that this call fills, or null */
   int64_t summary_slot_stride; /* floats */
   int64_t num_rows, first_position;
   int32_t q_heads, kv_heads, head_dim, dtype;
@@ -81,7 +81,9 @@ typedef struct {
  * logit_factor as in zt_attend_args, after the run's own keys were stored; span_pages is the length of a span in pages, 0 without spans.
  * Writes bits[q_heads][blocks][words], words = ceil((first_position / 64 + blocks) / 64), bit p = page p, and how many are set. With
  * per_kv_head lists are [kv_heads] and `mass` too: query heads of a group share one, by the sum of their energies. A single row may be at any
- * position. Scoring reads means as it reads keys, 16 pages to a tile; `packed` is where a caller keeps these tiles from call to call. */
+ * position. With `bounds` half of the energy is by the mean key of a page and half by the bound that its largest and smallest keys give. Scoring
+ * reads means and bounds as it reads keys, 16 pages to a tile; `packed` is where a caller keeps these tiles from call to call: of means, and of
+ * bounds. */
 typedef struct {
   const void* q[3];
   int64_t q_row_stride, q_head_stride; /* elements */
@@ -96,11 +98,11 @@ typedef struct {
   int64_t num_rows, first_position;
   int64_t span_pages, sink_pages, local_pages, most_pages;
   int64_t sample_rows; /* 1 to 64 */
-  void* packed;        /* [kv_heads][packed_tiles][head_dim * 16] of `dtype`, or null: packed anew */
-  int64_t packed_tiles, valid_tiles; /* room for ceil(pages / 64) * 4 at least; how many are as they should be */
+  void* packed[2]; /* [kv_heads][packed_tiles][head_dim * 16] of `dtype`, bounds twice as wide; or null: packed anew */
+  int64_t packed_tiles[2], valid_tiles[2]; /* room for ceil(pages / 64) * 4 at least; how many are as they should be */
   int32_t q_heads, kv_heads, head_dim, dtype;
   float scale;
-  int32_t per_kv_head;
+  int32_t per_kv_head, bounds;
   int32_t num_threads;
 } zt_select_args;
 

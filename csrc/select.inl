@@ -5,12 +5,19 @@
 //   logit[r][J] = factor_r * q_r . mean_key[J]          r: `sample_rows` rows of the block, evenly spaced, the last one among them
 //   energy[J]   = mean over r of softmax_J(logit[r])    every row counts the same, so a few loud rows cannot decide alone
 //
+// A mean hides a single key: what a prompt is searched for stands in a few tokens of a page. With `bounds` each row takes a second softmax, over
+//
+//   bound[r][J] = factor_r * sum over channels of max(q * largest_key[J], q * smallest_key[J])       (Quest, arXiv 2406.10774)
+//
+// which no key of the page exceeds, and energies are the mean of both. As max(q a, q b) = q+ a + q- b for a >= b, this is a product too: of
+// (q+, q-) with (largest, smallest), twice as wide.
+//
 // Kept are the sinks, the local pages and the diagonal; then the pages of largest energy until what is kept holds `mass` of all energy, at
 // most `most_pages` of them. Energies are compared in steps of a sixteenth of an octave, and in the last step the latest pages go first: a
 // head without preferences then keeps exactly as many as it needs. A query reads page J with the rotation that attention itself would use,
 // so the estimate is of the mass that attention will find.
 //
-// Means are fp32 in summaries; they are packed into the layout of a K page (keys are then pages), which makes scoring a matrix product: rows of
+// Summaries are fp32; they are packed into the layout of a K page (keys are then pages), which makes scoring a matrix product: rows of
 // all heads of a group against the same means. A caller may keep what was packed: a token of an answer then packs one tile and not all of them.
 // Work item = (KV head, query block); one thread does one item.
 //
@@ -71,34 +78,48 @@ static int select_typed(const zt_select_args* a) {
   const int head_dim = a->head_dim, group = a->q_heads / a->kv_heads;
   const int64_t blocks = (a->num_rows + ZT_PAGE - 1) / ZT_PAGE, first_block = a->first_position / ZT_PAGE;
   const int64_t num_pages = first_block + blocks, padded = (num_pages + 63) / 64 * 64, words = padded / 64;
-  const int64_t vec_bytes = int64_t(head_dim) * Dot::STORED_BYTES * 16;  // 16 means
-  const int64_t tiles = padded / 16, first_tile = a->packed ? a->valid_tiles : 0;
-  const int64_t packed_head = (a->packed ? a->packed_tiles : tiles) * vec_bytes;
+  const int passes = a->bounds ? 2 : 1;  // means, bounds
+  const int64_t tiles = padded / 16;
+  int64_t vec_bytes[2], first_tile[2], packed_head[2], own = 0;
+  for (int pass = 0; pass < passes; pass++) {
+    vec_bytes[pass] = int64_t(head_dim) * (pass + 1) * Dot::STORED_BYTES * 16;  // 16 pages
+    first_tile[pass] = a->packed[pass] ? a->valid_tiles[pass] : 0;
+    packed_head[pass] = (a->packed[pass] ? a->packed_tiles[pass] : tiles) * vec_bytes[pass];
+    if (!a->packed[pass]) own += packed_head[pass] * a->kv_heads;
+  }
   const int rows = group * int(a->sample_rows), row_pad = (rows + ROWS - 1) / ROWS * ROWS;
-  const int64_t q_bytes = Scratch<Dot>::pad(int64_t(row_pad) * head_dim * sizeof(typename Dot::A));
+  const int64_t q_bytes = Scratch<Dot>::pad(int64_t(row_pad) * head_dim * passes * sizeof(typename Dot::A));
   const int64_t scores_bytes = int64_t(ROWS) * padded * 4, edge_bytes = ROWS * 64 * 4;
   const int64_t energy_bytes = int64_t(group) * padded * 4, row_bytes = Scratch<Dot>::pad(row_pad * 4);
   const int64_t bytes = 3 * q_bytes + scores_bytes + edge_bytes + energy_bytes + row_bytes + NUM_STEPS * int64_t(sizeof(Step)) + 64;
-  const int64_t own = a->packed ? 0 : packed_head * a->kv_heads;
   char* memory = (char*)__builtin_malloc(size_t(own) + size_t(bytes) * a->num_threads + 128);
   if (!memory) return ZT_NO_MEMORY;
   char* aligned = (char*)(((uintptr_t)memory + 63) / 64 * 64);
-  char* packed = a->packed ? (char*)a->packed : aligned;
+  char* packed[2];
+  char* rest = aligned;
+  for (int pass = 0; pass < passes; pass++) {
+    packed[pass] = a->packed[pass] ? (char*)a->packed[pass] : rest;
+    if (!a->packed[pass]) rest += packed_head[pass] * a->kv_heads;
+  }
 #pragma omp parallel num_threads(a->num_threads)
   {
+    for (int pass = 0; pass < passes; pass++) {
+      const int64_t missing = tiles - first_tile[pass];
+      const int width = head_dim * (pass + 1);
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < (tiles - first_tile) * a->kv_heads; item++) {
-      alignas(64) typename S::T rounded[256];
-      const int64_t h = item / (tiles - first_tile), first = (first_tile + item % (tiles - first_tile)) * 16;
-      typename S::T* to = (typename S::T*)(packed + h * packed_head + first / 16 * vec_bytes);
-      if (first + 16 > num_pages - blocks) __builtin_memset(to, 0, size_t(vec_bytes));
-      for (int64_t page = first; page < first + 16 && page < num_pages; page++) {
-        if ((page + 1) * ZT_PAGE > a->first_position + a->num_rows) break;  // not full: it has no mean yet, and is nobody's past
-        const float* mean = a->summaries + int64_t(a->page_table[page]) * a->summary_slot_stride + h * 2 * head_dim;
-        for (int d = 0; d < head_dim; d += 16) S::put(rounded + d, load(mean + d));
-        typename S::T* k = to + page % 16 * Dot::PAIR;
-        for (int d = 0; d < head_dim; d += Dot::PAIR)
-          for (int e = 0; e < Dot::PAIR; e++) k[int64_t(d) * 16 + e] = rounded[d + e];
+      for (int64_t item = 0; item < missing * a->kv_heads; item++) {
+        alignas(64) typename S::T rounded[512];
+        const int64_t h = item / missing, first = (first_tile[pass] + item % missing) * 16;
+        typename S::T* to = (typename S::T*)(packed[pass] + h * packed_head[pass] + first / 16 * vec_bytes[pass]);
+        if (first + 16 > num_pages - blocks) __builtin_memset(to, 0, size_t(vec_bytes[pass]));
+        for (int64_t page = first; page < first + 16 && page < num_pages; page++) {
+          if ((page + 1) * ZT_PAGE > a->first_position + a->num_rows) break;  // not full: it has no mean yet, and is nobody's past
+          const float* from = a->summaries + int64_t(a->page_table[page]) * a->summary_slot_stride + h * 3 * head_dim + pass * head_dim;
+          for (int d = 0; d < width; d += 16) S::put(rounded + d, load(from + d));
+          typename S::T* k = to + page % 16 * Dot::PAIR;
+          for (int d = 0; d < width; d += Dot::PAIR)
+            for (int e = 0; e < Dot::PAIR; e++) k[int64_t(d) * 16 + e] = rounded[d + e];
+        }
       }
     }
     char* at = aligned + own + bytes * omp_get_thread_num();
@@ -122,47 +143,58 @@ static int select_typed(const zt_select_args* a) {
         const int64_t distance = own_span - page / a->span_pages;
         return distance > 2 ? 2 : int(distance);
       };
-      for (int r = 0; r < used; r++) {
-        const int64_t head = h * group + r / samples, row = block * ZT_PAGE + in_block * (r % samples + 1) / samples - 1;
-        factor[r] = a->scale * LOG2E * (a->logit_factor ? a->logit_factor[row] : 1.0f);
-        for (int v = 0; v < 3; v++)
-          if (a->q[v] && count && variant_of(0) >= v)
-            Dot::load_a(q[v] + int64_t(r) * head_dim,
-                        (const typename Dot::Stored*)a->q[v] + row * a->q_row_stride + head * a->q_head_stride, head_dim);
-      }
       const int64_t end = (count + 15) / 16 * 16;
       for (int64_t i = 0; i < group * padded; i++) energy[i] = 0;
-      for (int row = 0; row < used && count; row += ROWS) {
-        for (int64_t first = 0; first < count; first += 64) {
-          const char* means = packed + h * packed_head + first / 16 * vec_bytes;
-          const int64_t last = (first + 64 < count ? first + 64 : count) - 1;
-          const int vecs = int((last - first) / 16 + 1);
-          for (int v = variant_of(first); v >= variant_of(last); v--) {
-            const bool whole = variant_of(first) == variant_of(last);
-            float* to = whole ? scores + first : edge;
-            product<Dot, ROWS, false>(q[v] + int64_t(row) * head_dim, head_dim, head_dim / Dot::PAIR, &means, 1, vec_bytes,
-                                      Dot::STEP_BYTES, vecs, to, whole ? padded : 64);
-            if (!whole)
-              for (int64_t page = first; page <= last; page++)
-                if (variant_of(page) == v)
-                  for (int r = 0; r < ROWS; r++) scores[r * padded + page] = edge[r * 64 + page - first];
+      for (int pass = 0; pass < passes && count; pass++) {
+        const int width = head_dim * (pass + 1);
+        for (int r = 0; r < used; r++) {
+          const int64_t head = h * group + r / samples, row = block * ZT_PAGE + in_block * (r % samples + 1) / samples - 1;
+          factor[r] = a->scale * LOG2E * (a->logit_factor ? a->logit_factor[row] : 1.0f);
+          for (int v = 0; v < 3; v++) {
+            if (!a->q[v] || variant_of(0) < v) continue;
+            const typename Dot::Stored* from = (const typename Dot::Stored*)a->q[v] + row * a->q_row_stride + head * a->q_head_stride;
+            alignas(64) typename Dot::Stored halves[512];
+            if (pass)
+              for (int d = 0; d < head_dim; d++) {
+                const float x = S::get1(from + d);
+                halves[d] = x > 0 ? from[d] : typename Dot::Stored(0);
+                halves[head_dim + d] = x > 0 ? typename Dot::Stored(0) : from[d];
+              }
+            Dot::load_a(q[v] + int64_t(r) * width, pass ? halves : from, width);
           }
         }
-        for (int r = 0; r < ROWS && row + r < used; r++) {
-          float* s = scores + r * padded;
-          for (int64_t page = count; page < end; page++) s[page] = NEGATIVE;
-          vec high = load(s);
-          for (int64_t page = 16; page < end; page += 16) high = max_(high, load(s + page));
-          const vec scale = set1(factor[row + r]), shift = set1(-reduce_max(high) * factor[row + r]);
-          vec total = zero();
-          for (int64_t page = 0; page < end; page += 16) {
-            const vec p = Dot::exp2(fma(load(s + page), scale, shift));
-            total = add(total, p);
-            store(s + page, p);
+        for (int row = 0; row < used; row += ROWS) {
+          for (int64_t first = 0; first < count; first += 64) {
+            const char* tile = packed[pass] + h * packed_head[pass] + first / 16 * vec_bytes[pass];
+            const int64_t last = (first + 64 < count ? first + 64 : count) - 1;
+            const int vecs = int((last - first) / 16 + 1);
+            for (int v = variant_of(first); v >= variant_of(last); v--) {
+              const bool whole = variant_of(first) == variant_of(last);
+              float* to = whole ? scores + first : edge;
+              product<Dot, ROWS, false>(q[v] + int64_t(row) * width, width, width / Dot::PAIR, &tile, 1, vec_bytes[pass], Dot::STEP_BYTES,
+                                        vecs, to, whole ? padded : 64);
+              if (!whole)
+                for (int64_t page = first; page <= last; page++)
+                  if (variant_of(page) == v)
+                    for (int r = 0; r < ROWS; r++) scores[r * padded + page] = edge[r * 64 + page - first];
+            }
           }
-          const vec share = set1(1.0f / (reduce_add(total) * float(samples)));
-          float* e = energy + (row + r) / samples * padded;
-          for (int64_t page = 0; page < end; page += 16) store(e + page, fma(load(s + page), share, load(e + page)));
+          for (int r = 0; r < ROWS && row + r < used; r++) {
+            float* s = scores + r * padded;
+            for (int64_t page = count; page < end; page++) s[page] = NEGATIVE;
+            vec high = load(s);
+            for (int64_t page = 16; page < end; page += 16) high = max_(high, load(s + page));
+            const vec scale = set1(factor[row + r]), shift = set1(-reduce_max(high) * factor[row + r]);
+            vec total = zero();
+            for (int64_t page = 0; page < end; page += 16) {
+              const vec p = Dot::exp2(fma(load(s + page), scale, shift));
+              total = add(total, p);
+              store(s + page, p);
+            }
+            const vec share = set1(1.0f / (reduce_add(total) * float(samples * passes)));
+            float* e = energy + (row + r) / samples * padded;
+            for (int64_t page = 0; page < end; page += 16) store(e + page, fma(load(s + page), share, load(e + page)));
+          }
         }
       }
       const int lists = a->per_kv_head ? 1 : group;

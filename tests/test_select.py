@@ -8,14 +8,14 @@ from test_kernels import DTYPES, make_view
 
 from zen_turbo import kernels
 from zen_turbo.attention import blocks, reference
-from zen_turbo.kernels import PackedMeans, PageView
+from zen_turbo.kernels import PackedTiles, PageView
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f32"])
 NO_ANGLES = (None, None, None)
 
 
 def with_summaries(view: PageView, head_dim: int) -> PageView:
-    shape = (view.pages.shape[0], view.pages.shape[1], 2, head_dim)
+    shape = (view.pages.shape[0], view.pages.shape[1], 3, head_dim)
     return view._replace(summaries=torch.full(shape, float("nan")))
 
 
@@ -35,15 +35,17 @@ def random_qkv(length: int, heads: int, kv_heads: int, head_dim: int, dtype: tor
 
 @dtypes
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_summaries_are_the_means_of_full_pages(isa: str, head_dim: int, dtype: torch.dtype) -> None:
+def test_summaries_are_mean_largest_and_smallest_key_of_full_pages(isa: str, head_dim: int, dtype: torch.dtype) -> None:
     heads, kv_heads, length = 2, 2, 250
     qkv = random_qkv(length, heads, kv_heads, head_dim, dtype)
     view = with_summaries(make_view(4, kv_heads, head_dim, dtype), head_dim)
     store(qkv, view, heads=heads)
     assert view.summaries is not None
     found = view.summaries[view.page_table.long()]
-    for index, part in enumerate((qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :])):
-        torch.testing.assert_close(found[:3, :, index].double(), reference.page_means(part), rtol=1e-5, atol=1e-5)
+    keys = qkv[:, heads : heads + kv_heads]
+    torch.testing.assert_close(found[:3, :, 0].double(), reference.page_means(keys), rtol=1e-5, atol=1e-5)
+    pages = keys[:192].float().view(3, 64, kv_heads, head_dim)
+    assert torch.equal(found[:3, :, 1], pages.amax(dim=1)) and torch.equal(found[:3, :, 2], pages.amin(dim=1))
     assert found[3].isnan().all(), "the last page is not full"
 
 
@@ -72,9 +74,19 @@ CASES = [
 
 
 @dtypes
+@pytest.mark.parametrize("bounds", [False, True])
 @pytest.mark.parametrize(("num_rows", "first_position", "heads", "kv_heads", "head_dim", "span", "rows"), CASES)
 def test_energies(
-    isa: str, num_rows: int, first_position: int, heads: int, kv_heads: int, head_dim: int, span: int | None, rows: int, dtype: torch.dtype
+    isa: str,
+    num_rows: int,
+    first_position: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    span: int | None,
+    rows: int,
+    bounds: bool,
+    dtype: torch.dtype,
 ) -> None:
     length = first_position + num_rows
     qkv = random_qkv(length, heads, kv_heads, head_dim, dtype)
@@ -87,26 +99,28 @@ def test_energies(
     energies = torch.full((heads, num_blocks, num_pages), float("nan"))
     mass = torch.linspace(0.3, 0.9, heads)
     settings = {"first_position": first_position, "scale": head_dim**-0.5, "span_pages": span, "logit_factor": factor, "sample_rows": rows}
-    chosen = kernels.select_pages(queries, view, mass, **settings, sink_pages=1, local_pages=2, energies=energies)
+    chosen = kernels.select_pages(queries, view, mass, **settings, sink_pages=1, local_pages=2, bounds=bounds, energies=energies)
     # Means are rounded to the dtype of keys before scoring.
     k = qkv[:, heads : heads + kv_heads]
     rounded = reference.page_means(k).to(dtype).repeat_interleave(64, dim=0)
     rounded = torch.cat((rounded, k[len(rounded) :].double()))
-    expected = reference.page_energies(queries, rounded, **settings)
+    full = k[: length // 64 * 64].view(-1, 64, kv_heads, head_dim)
+    largest = full.amax(dim=1), full.amin(dim=1)
+    expected = reference.page_energies(queries, rounded, **settings, bounds=largest if bounds else None)
     torch.testing.assert_close(energies.double(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 2e-4, atol=1e-6)
     check_kept(chosen, energies, mass, first_position, sinks=1, local=2)
-    again = kernels.select_pages(queries, view, mass, **settings, sink_pages=1, local_pages=2, num_threads=1)
+    again = kernels.select_pages(queries, view, mass, **settings, sink_pages=1, local_pages=2, bounds=bounds, num_threads=1)
     assert torch.equal(again.bits, chosen.bits) and torch.equal(again.counts, chosen.counts)
 
 
 @dtypes
 @pytest.mark.parametrize("head_dim", [64, 80])
-def test_packed_means_are_kept_from_call_to_call(isa: str, head_dim: int, dtype: torch.dtype) -> None:
+def test_packed_tiles_are_kept_from_call_to_call(isa: str, head_dim: int, dtype: torch.dtype) -> None:
     """Chunks, then tokens, then a chunk again with other keys: what is chosen and estimated is what packing anew gives, bit for bit."""
     heads, kv_heads, length = 4, 2, 64 * 70
     view = with_summaries(make_view(length // 64, kv_heads, head_dim, dtype), head_dim)
-    kept = view._replace(packed_means=PackedMeans(length // 64, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
-    assert kept.packed_means is not None
+    means, bounds = (PackedTiles(length // 64, kv_heads=kv_heads, width=width, dtype=dtype) for width in (head_dim, 2 * head_dim))
+    kept = view._replace(packed_means=means, packed_bounds=bounds)
     qkv = random_qkv(length, heads, kv_heads, head_dim, dtype)
     other = random_qkv(length, heads, kv_heads, head_dim, dtype, seed=1)
     packed = []
@@ -116,12 +130,12 @@ def test_packed_means_are_kept_from_call_to_call(isa: str, head_dim: int, dtype:
         for each in (kept, view):
             energies = torch.empty((heads, -(-(end - start) // 64), start // 64 + -(-(end - start) // 64)))
             settings = {"first_position": start, "scale": 0.125, "span_pages": None, "sink_pages": 1, "local_pages": 2, "energies": energies}
-            chosen = kernels.select_pages((q, None, None), each, torch.full((heads,), 0.7), **settings)
+            chosen = kernels.select_pages((q, None, None), each, torch.full((heads,), 0.7), **settings, bounds=start >= 2048)
             found.append((chosen.bits, energies))
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-        packed.append(kept.packed_means.num_valid)
-    assert packed == [0, 0, 2, 3, 3, 1]
-    short = view._replace(packed_means=PackedMeans(16, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
+        packed.append((means.num_valid, bounds.num_valid))
+    assert packed == [(0, 0), (0, 0), (2, 2), (3, 3), (3, 3), (1, 1)]
+    short = view._replace(packed_means=PackedTiles(16, kv_heads=kv_heads, width=head_dim, dtype=dtype))
     q = store(qkv, view, heads=heads)
     with pytest.raises(ValueError, match="too little room"):
         kernels.select_pages((q, None, None), short, torch.ones(heads), first_position=0, scale=1.0, span_pages=None, sink_pages=1, local_pages=1)

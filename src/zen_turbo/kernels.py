@@ -27,7 +27,7 @@ from zen_turbo.errors import KernelError
 ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _INT8 = 2
 _NUM_VARIANTS = 3
@@ -125,15 +125,16 @@ class _SelectArgs(ctypes.Structure):
         ("local_pages", _int64),
         ("most_pages", _int64),
         ("sample_rows", _int64),
-        ("packed", _pointer),
-        ("packed_tiles", _int64),
-        ("valid_tiles", _int64),
+        ("packed", _pointer * 2),
+        ("packed_tiles", _int64 * 2),
+        ("valid_tiles", _int64 * 2),
         ("q_heads", _int32),
         ("kv_heads", _int32),
         ("head_dim", _int32),
         ("dtype", _int32),
         ("scale", _float),
         ("per_kv_head", _int32),
+        ("bounds", _int32),
         ("num_threads", _int32),
     )
 
@@ -176,18 +177,18 @@ class _SiluArgs(ctypes.Structure):
     )
 
 
-class PackedMeans:
-    """Mean keys of a sequence's pages in one layer, packed as scoring reads them and kept from call to call: tiles of 16 pages, [kv_heads, tiles,
-    16 * head_dim] in the dtype of queries, of which the first ``num_valid`` are as the summaries of their pages say. ``store`` and
-    ``select_pages`` keep that number true."""
+class PackedTiles:
+    """Summaries of a sequence's pages in one layer, packed as scoring reads them and kept from call to call: tiles of 16 pages, [kv_heads, tiles,
+    16 * width] in the dtype of queries, of which the first ``num_valid`` are as the summaries of their pages say. ``store`` and
+    ``select_pages`` keep that number true. width: head_dim for means, twice that for bounds."""
 
-    def __init__(self, num_pages: int, *, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.tiles = torch.empty((kv_heads, tiles_for(num_pages), _TILE_PAGES * head_dim), dtype=dtype)
+    def __init__(self, num_pages: int, *, kv_heads: int, width: int, dtype: torch.dtype) -> None:
+        self.tiles = torch.empty((kv_heads, tiles_for(num_pages), _TILE_PAGES * width), dtype=dtype)
         self.num_valid = 0
 
 
 def tiles_for(num_pages: int) -> int:
-    """Tiles of packed means that so many pages need: whole cache lines of their scores."""
+    """Tiles of packed summaries that so many pages need: whole cache lines of their scores."""
     return -(-num_pages // 64) * (64 // _TILE_PAGES)
 
 
@@ -196,10 +197,10 @@ class PageView(NamedTuple):
 
     pages: uint8 [num_slots, num_key_value_heads, page_bytes(head_dim, dtype or int8)], packed as in kernels.h and quantise.inl.
     page_table: int32 [num_pages], logical page -> slot.
-    summaries: float32 [num_slots, num_key_value_heads, 2, head_dim], mean key and mean value of each full page, or None: not kept.
+    summaries: float32 [num_slots, num_key_value_heads, 3, head_dim], mean, largest and smallest key of each full page, or None: not kept.
     open_page: uint8 [num_key_value_heads, page_bytes(head_dim, dtype)], for int8 pages: where the page that is not full yet is collected in
     the dtype of the queries; None: pages have that dtype themselves. stored_tokens: how many tokens the sequence has stored, which says which
-    page is open (only read with int8 pages). packed_means: kept for scoring pages; None: packed anew by every call that scores.
+    page is open (only read with int8 pages). packed_means, packed_bounds: kept for scoring pages; None: packed anew by every call that scores.
     """
 
     pages: torch.Tensor
@@ -207,7 +208,8 @@ class PageView(NamedTuple):
     summaries: torch.Tensor | None = None
     open_page: torch.Tensor | None = None
     stored_tokens: int = 0
-    packed_means: PackedMeans | None = None
+    packed_means: PackedTiles | None = None
+    packed_bounds: PackedTiles | None = None
 
 
 def page_bytes(head_dim: int, dtype: torch.dtype) -> int:
@@ -364,7 +366,7 @@ def _page_view(kv: PageView, head_dim: int, dtype: torch.dtype) -> _PageView:
 
 
 def _summaries(kv: PageView, head_dim: int) -> torch.Tensor:
-    shape = (kv.pages.shape[0], kv.pages.shape[1], 2, head_dim)
+    shape = (kv.pages.shape[0], kv.pages.shape[1], 3, head_dim)
     summaries = kv.summaries
     _need(summaries is not None, "the pages have no summaries")
     assert summaries is not None
@@ -552,8 +554,9 @@ def store(
             _need(weight.dtype == torch.float32 and weight.shape == (head_dim,), f"norm weights must be float32 [{head_dim}]")
     row_stride, head_stride = strides.pop()
     summaries = _summaries(kv, head_dim) if kv.summaries is not None else None
-    if kv.packed_means is not None:
-        kv.packed_means.num_valid = min(kv.packed_means.num_valid, first_position // PAGE_TOKENS // _TILE_PAGES)
+    for packed in (kv.packed_means, kv.packed_bounds):
+        if packed is not None:
+            packed.num_valid = min(packed.num_valid, first_position // PAGE_TOKENS // _TILE_PAGES)
     args = _StoreArgs(
         qkv.data_ptr(),
         qkv.stride(0),
@@ -595,15 +598,17 @@ def select_pages(
     logit_factor: torch.Tensor | None = None,
     energies: torch.Tensor | None = None,
     per_kv_head: bool = False,
+    bounds: bool = False,
     num_threads: int | None = None,
 ) -> PageBits:
-    """Choose pages for every query block and head from the means of pages; ``csrc/select.inl`` has the rule.
+    """Choose pages for every query block and head from the summaries of pages; ``csrc/select.inl`` has the rule.
 
     queries, kv, first_position (a multiple of 64, or of a single row), scale, logit_factor: as for ``attend``, after ``store`` of the same
     rows. mass: float32 [lists], the share of estimated attention mass to keep; 1 keeps every page. sink_pages, local_pages: kept always, as is
     the diagonal; at most ``most_pages`` others. energies: float32 [lists, blocks, pages], filled with the estimates if given. There is a list
-    for every head, or with ``per_kv_head`` one for all heads of a group, by the sum of their estimates. Raises ValueError for arguments that
-    do not fit together. Cost: 2 * head_dim * sample_rows FLOP per head, query block and page.
+    for every head, or with ``per_kv_head`` one for all heads of a group, by the sum of their estimates. bounds: estimate by the bounds of a
+    page's keys too, which shows single keys that a mean hides (Quest, arXiv 2406.10774). Raises ValueError for arguments that do not fit together.
+    Cost: 2 * head_dim * sample_rows FLOP per head, query block and page, with bounds three times that.
     """
     first = _queries(queries)
     num_rows, num_heads, head_dim = first.shape
@@ -621,11 +626,12 @@ def select_pages(
     for tensor, shape in ((logit_factor, (num_rows,)), (energies, (num_lists, num_blocks, num_pages))):
         if tensor is not None:
             _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
-    packed = kv.packed_means
-    if packed is not None:
-        same = packed.tiles.dtype == first.dtype and packed.tiles.shape[2] == _TILE_PAGES * head_dim and packed.tiles.is_contiguous()
-        _need(same and len(packed.tiles) == kv.pages.shape[1], "packed_means must be of the same heads, head_dim and dtype")
-        _need(packed.tiles.shape[1] >= tiles_for(num_pages), "packed_means has too little room")
+    kept = (kv.packed_means, kv.packed_bounds if bounds else None)
+    for packed, width in zip(kept, (head_dim, 2 * head_dim), strict=True):
+        if packed is not None:
+            same = packed.tiles.dtype == first.dtype and packed.tiles.shape[2] == _TILE_PAGES * width and packed.tiles.is_contiguous()
+            _need(same and len(packed.tiles) == kv.pages.shape[1], "packed tiles must be of the same heads, head_dim and dtype")
+            _need(packed.tiles.shape[1] >= tiles_for(num_pages), "packed tiles have too little room")
     bits = torch.empty((num_lists, num_blocks, -(-num_pages // 64)), dtype=torch.int64)
     counts = torch.empty((num_lists, num_blocks), dtype=torch.int32)
     args = _SelectArgs(
@@ -647,20 +653,22 @@ def select_pages(
         local_pages,
         num_pages if most_pages is None else most_pages,
         sample_rows,
-        packed.tiles.data_ptr() if packed is not None else None,
-        packed.tiles.shape[1] if packed is not None else 0,
-        packed.num_valid if packed is not None else 0,
+        (_pointer * 2)(*(packed.tiles.data_ptr() if packed is not None else None for packed in kept)),
+        (_int64 * 2)(*(packed.tiles.shape[1] if packed is not None else 0 for packed in kept)),
+        (_int64 * 2)(*(packed.num_valid if packed is not None else 0 for packed in kept)),
         num_heads,
         kv.pages.shape[1],
         head_dim,
         _DTYPES[first.dtype],
         scale,
         per_kv_head,
+        bounds,
         num_threads or torch.get_num_threads(),
     )
     _call("zt_select_pages", args)
-    if packed is not None:
-        packed.num_valid = max(packed.num_valid, first_position // PAGE_TOKENS // _TILE_PAGES)  # of pages that precede these rows
+    for packed in kept:
+        if packed is not None:
+            packed.num_valid = max(packed.num_valid, first_position // PAGE_TOKENS // _TILE_PAGES)  # of pages that precede these rows
     return PageBits(bits, counts)
 
 

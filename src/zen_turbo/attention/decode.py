@@ -3,8 +3,8 @@
 Two ways, of one shape: sinks, recent pages, and at most ``most_pages`` others for each KV head, because a page is read once for all query heads
 of a group. Up to ``dense_pages`` everything is read.
 
-    SparseDecode   every token scores the mean key of every page with its own query (``csrc/select.inl``) and takes the pages of largest estimated
-                   mass until they hold ``mass`` of it
+    SparseDecode   every token scores every page with its own query (``csrc/select.inl``), by the page's mean key and by the bound of its keys, and
+                   takes the pages of largest estimated mass until they hold ``mass`` of it
     SnapDecode     the prompt's last ``OBSERVED_ROWS`` rows choose once, and every token of the answer reads what they looked at (SnapKV,
                    2404.14469, with pages in place of pooled keys): a token costs no scoring, and cannot look for anything else
 
@@ -63,6 +63,7 @@ class SparseDecode:
             most_pages=settings.most_pages,
             sample_rows=1,
             per_kv_head=True,
+            bounds=True,
         )
 
     def samples(self, position: int, layer: int) -> bool:
@@ -91,7 +92,7 @@ class SnapDecode(SparseDecode):
         kv_heads = end.kv.pages.shape[1]
         energies = torch.empty((kv_heads, end.num_blocks, end.num_pages))
         rows = OBSERVED_ROWS
-        choose_by_mass(end, torch.ones(kv_heads), sink_pages=0, local_pages=0, sample_rows=rows, per_kv_head=True, energies=energies)
+        choose_by_mass(end, torch.ones(kv_heads), sink_pages=0, local_pages=0, sample_rows=rows, per_kv_head=True, bounds=True, energies=energies)
         energy = energies.sum(dim=1)
         best = energy.topk(min(self.settings.most_pages, energy.shape[1]), dim=1).indices
         self._chosen[layer] = torch.zeros_like(energy, dtype=torch.bool).scatter_(1, best, True)

@@ -33,7 +33,7 @@ def estimate(model: ModelConfig, geometry: PageGeometry, *, total_tokens: int, c
 
     Per row of a chunk: residual in fp32; QKV, three query variants, attention output and the block's output in the engine's dtype; per row of
     a linear tile: norm output, gate and up, gated product, their results; per (query block, key page): one int64 while lists are built and
-    one int32 after. With summaries the mean key of every page is kept once more, packed for scoring.
+    one int32 after. With summaries those of every page are kept once more, packed for scoring.
     """
     rows = min(chunk_tokens, total_tokens)
     tile = min(rows, TILE_ROWS)
@@ -45,7 +45,7 @@ def estimate(model: ModelConfig, geometry: PageGeometry, *, total_tokens: int, c
     lists = (rows // PAGE_TOKENS + 1) * pages_for(total_tokens) * (4 * 8 + 4)
     logits = 2 * 4 * model.vocab_size
     open_pages = geometry.open_page_bytes * geometry.num_layers * geometry.num_key_value_heads
-    packed = tiles_for(pages_for(total_tokens)) * 16 * model.head_dim * size * model.num_key_value_heads * geometry.num_layers
+    packed = tiles_for(pages_for(total_tokens)) * 16 * 3 * model.head_dim * size * model.num_key_value_heads * geometry.num_layers
     kv_bytes = geometry.bytes_for(total_tokens) + (packed if geometry.summaries else 0)
     return MemoryEstimate(kv_bytes, rows * per_row + tile * per_tile_row + lists + logits + open_pages)
 

@@ -12,7 +12,7 @@ from zen_turbo.kernels import page_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class PageGeometry:
-    """dtype: of queries, and of pages unless ``int8``. ``summaries``: whether the mean key and the mean value of every full page are kept
+    """dtype: of queries, and of pages unless ``int8``. ``summaries``: whether the mean, largest and smallest key of every full page are kept
     beside it, in fp32, for sparse policies."""
 
     num_layers: int
@@ -33,7 +33,7 @@ class PageGeometry:
 
     @property
     def summary_bytes(self) -> int:
-        return 2 * self.head_dim * 4 if self.summaries else 0
+        return 3 * self.head_dim * 4 if self.summaries else 0
 
     @property
     def slot_bytes(self) -> int:

@@ -38,7 +38,7 @@ class PagePool:
         self._storage: torch.Tensor | None = self._allocate(torch.uint8, (*shape, geometry.page_bytes))
         self._summaries: torch.Tensor | None = None
         if geometry.summaries:
-            self._summaries = self._allocate(torch.float32, (*shape, 2, geometry.head_dim))
+            self._summaries = self._allocate(torch.float32, (*shape, 3, geometry.head_dim))
         self._references = [0] * num_slots
         self._free: list[int] = []
         self._next_unused = 0
@@ -65,7 +65,7 @@ class PagePool:
         return self._storage[index]
 
     def layer_summaries(self, index: int) -> torch.Tensor | None:
-        """float32 [num_slots, num_key_value_heads, 2, head_dim], or None where they are not kept."""
+        """float32 [num_slots, num_key_value_heads, 3, head_dim], or None where they are not kept."""
         return None if self._summaries is None else self._summaries[index]
 
     def read_slot(self, slot: int) -> bytes:

@@ -1,7 +1,7 @@
 """The KV cache of one sequence: a page table into the pool, and how many tokens of it are committed.
 
-With int8 pages the tokens of a page that is not full are in ``open_page``, unquantised, and belong to this sequence alone. So do the mean keys
-of its pages as scoring reads them: pages have them in their summaries too, but each in a place of its own.
+With int8 pages the tokens of a page that is not full are in ``open_page``, unquantised, and belong to this sequence alone. So do the summaries
+of its pages as scoring reads them: pages have them too, but each in a place of its own.
 
 Ownership: every slot in ``page_table`` carries one reference of this sequence. Tokens [0, num_tokens) are committed; what lies beyond in
 reserved pages is scratch of the chunk being computed and is never read by others. Only full committed pages are ever shared.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.kernels import PackedMeans, PageView, tiles_for
+from zen_turbo.kernels import PackedTiles, PageView, tiles_for
 from zen_turbo.kv.geometry import pages_for
 from zen_turbo.kv.pool import PagePool
 
@@ -25,7 +25,7 @@ class SequenceCache:
         self.num_tokens = 0
         self._slots: list[int] = []
         self._table = torch.empty(0, dtype=torch.int32)
-        self._packed: dict[int, PackedMeans] = {}  # by layer
+        self._packed: dict[int, tuple[PackedTiles, PackedTiles]] = {}  # by layer: means, bounds
         geometry, self._open = pool.geometry, None
         if geometry.int8:
             shape = (geometry.num_layers, geometry.num_key_value_heads, geometry.open_page_bytes)
@@ -43,16 +43,17 @@ class SequenceCache:
     def pages(self, layer: int) -> PageView:
         """``stored_tokens`` are those committed; whoever stores more says so."""
         open_page = None if self._open is None else self._open[layer]
-        return PageView(self.pool.layer(layer), self._table, self.pool.layer_summaries(layer), open_page, self.num_tokens, self._packed_means(layer))
+        return PageView(self.pool.layer(layer), self._table, self.pool.layer_summaries(layer), open_page, self.num_tokens, *self._packed_tiles(layer))
 
-    def _packed_means(self, layer: int) -> PackedMeans | None:
+    def _packed_tiles(self, layer: int) -> tuple[PackedTiles, PackedTiles] | tuple[None, None]:
         geometry = self.pool.geometry
         if not geometry.summaries:
-            return None
+            return None, None
         packed = self._packed.get(layer)
-        if packed is None or packed.tiles.shape[1] < tiles_for(len(self._slots)):
-            heads, head_dim = geometry.num_key_value_heads, geometry.head_dim
-            packed = self._packed[layer] = PackedMeans(len(self._slots), kv_heads=heads, head_dim=head_dim, dtype=geometry.dtype)
+        if packed is None or packed[0].tiles.shape[1] < tiles_for(len(self._slots)):
+            heads, head_dim, pages = geometry.num_key_value_heads, geometry.head_dim, len(self._slots)
+            means, bounds = (PackedTiles(pages, kv_heads=heads, width=width, dtype=geometry.dtype) for width in (head_dim, 2 * head_dim))
+            packed = self._packed[layer] = means, bounds
         return packed
 
     def reserve(self, num_tokens: int) -> None:
