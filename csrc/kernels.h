@@ -81,9 +81,8 @@ typedef struct {
  * logit_factor as in zt_attend_args, after the run's own keys were stored; span_pages is the length of a span in pages, 0 without spans.
  * Writes bits[q_heads][blocks][words], words = ceil((first_position / 64 + blocks) / 64), bit p = page p, and how many are set. With
  * per_kv_head lists are [kv_heads] and `mass` too: query heads of a group share one, by the sum of their energies. A single row may be at any
- * position. With `bounds` half of the energy is by the mean key of a page and half by the bound that its largest and smallest keys give. Scoring
- * reads means and bounds as it reads keys, 16 pages to a tile; `packed` is where a caller keeps these tiles from call to call: of means, and of
- * bounds. */
+ * position. With `bounds` half of the pages are chosen by the bound that a page's largest and smallest keys give. Scoring reads means and
+ * bounds as it reads keys, 16 pages to a tile; `packed` is where a caller keeps these tiles from call to call: of means, and of bounds. */
 typedef struct {
   const void* q[3];
   int64_t q_row_stride, q_head_stride; /* elements */
@@ -94,7 +93,7 @@ typedef struct {
   const float* mass; /* [q_heads] share of the energy to keep; 1: every page */
   uint64_t* bits;
   int32_t* counts;  /* [q_heads][blocks] */
-  float* energies;  /* [q_heads][blocks][first_position / 64 + blocks] or null */
+  float* energies;  /* [q_heads][blocks][first_position / 64 + blocks], with bounds two of these: by means, by bounds; or null */
   int64_t num_rows, first_position;
   int64_t span_pages, sink_pages, local_pages, most_pages;
   int64_t sample_rows; /* 1 to 64 */

@@ -9,11 +9,12 @@
 //
 //   bound[r][J] = factor_r * sum over channels of max(q * largest_key[J], q * smallest_key[J])       (Quest, arXiv 2406.10774)
 //
-// which no key of the page exceeds, and energies are the mean of both. As max(q a, q b) = q+ a + q- b for a >= b, this is a product too: of
+// which no key of the page exceeds, and half of the pages are chosen by these energies. As max(q a, q b) = q+ a + q- b for a >= b, this is a product too: of
 // (q+, q-) with (largest, smallest), twice as wide.
 //
-// Kept are the sinks, the local pages and the diagonal; then the pages of largest energy until what is kept holds `mass` of all energy, at
-// most `most_pages` of them. Energies are compared in steps of a sixteenth of an octave, and in the last step the latest pages go first: a
+// Kept are the sinks, the local pages and the diagonal; then with `bounds` the pages of largest energy by bounds, half of `most_pages` whatever they
+// hold, because bounds say where a key may be and not how much it weighs; then those of largest energy by means, until what is kept holds `mass` of
+// all energy by means; at most `most_pages` together. Energies are compared in steps of a sixteenth of an octave, and in the last step the latest pages go first: a
 // head without preferences then keeps exactly as many as it needs. A query reads page J with the rotation that attention itself would use,
 // so the estimate is of the mass that attention will find.
 //
@@ -37,39 +38,55 @@ static inline int step_of(float energy) {
   return int(bits >> 19);
 }
 
-// Pages [0, count) of one item with their energies -> bits; gives how many were kept, the diagonal included.
-static int keep_pages(const float* energy, int64_t count, int64_t sinks, int64_t local, float mass, int64_t most, Step* steps,
-                      uint64_t* bits, int64_t words) {
-  const int64_t diagonal = count;
+// The pages of an item that may be left out: [begin, end). What precedes them are sinks, what follows them local pages and the diagonal.
+struct Free {
+  int64_t begin, end;
+};
+
+// Sets what every list has; gives how many pages that are.
+static int keep_forced(int64_t count, Free free, uint64_t* bits, int64_t words) {
   __builtin_memset(bits, 0, size_t(words) * 8);
+  for (int64_t page = 0; page <= count; page++)
+    if (page < free.begin || page >= free.end) bits[page / 64] |= uint64_t(1) << (page % 64);
+  return int(count + 1 - (free.end - free.begin));
+}
+
+// Adds the pages of largest energy until all that is set holds `mass` of the energy of pages [0, count), at most `most`; gives how many.
+// AGAIN: some of the free pages are set already.
+template <bool AGAIN>
+static int keep_by_energy(const float* energy, int64_t count, Free free, float mass, int64_t most, Step* steps, uint64_t* bits) {
   auto set = [bits](int64_t page) { bits[page / 64] |= uint64_t(1) << (page % 64); };
-  const int64_t first_local = count > local ? count - local : 0, last_sink = sinks < first_local ? sinks : first_local;
-  int kept = 1;
-  set(diagonal);
+  auto open = [bits](int64_t page) { return !AGAIN || !(bits[page / 64] >> (page % 64) & 1); };
   double all = 0, have = 0;
   for (int64_t page = 0; page < count; page++) {
     all += energy[page];
-    if (page < last_sink || page >= first_local) have += energy[page], set(page), kept++;
+    if (page < free.begin || page >= free.end || !open(page)) have += energy[page];
   }
   double need = mass < 1 ? double(mass) * all - have : 1e30;  // all of the mass is all of the pages, whatever rounding says
   int64_t room = most;
-  if (need <= 0 || room <= 0 || last_sink >= first_local) return kept;
+  if (need <= 0 || room <= 0 || free.begin >= free.end) return 0;
   __builtin_memset(steps, 0, NUM_STEPS * sizeof(Step));
-  for (int64_t page = last_sink; page < first_local; page++) {
+  for (int64_t page = free.begin; page < free.end; page++) {
+    if (!open(page)) continue;
     Step& step = steps[step_of(energy[page])];
     step.mass += energy[page];
     step.pages++;
   }
   // The steps that are needed whole, and for which there is room; then one that is taken in part.
-  int last_step = NUM_STEPS - 1;
+  int last_step = NUM_STEPS - 1, kept = 0;
   while (last_step > 0 && need - steps[last_step].mass > 0 && room >= steps[last_step].pages) {
     need -= steps[last_step].mass;
     room -= steps[last_step--].pages;
   }
-  for (int64_t page = last_sink; page < first_local; page++)
-    if (step_of(energy[page]) > last_step) set(page), kept++;
-  for (int64_t page = first_local - 1; page >= last_sink && need > 0 && room > 0; page--)
-    if (step_of(energy[page]) == last_step) set(page), kept++, room--, need -= energy[page];
+  for (int64_t page = free.end - 1; page >= free.begin; page--) {
+    const int step = step_of(energy[page]);
+    if (step < last_step || !open(page)) continue;
+    if (step == last_step) {
+      if (need <= 0 || room <= 0) continue;
+      room--, need -= energy[page];
+    }
+    set(page), kept++;
+  }
   return kept;
 }
 
@@ -90,7 +107,7 @@ static int select_typed(const zt_select_args* a) {
   const int rows = group * int(a->sample_rows), row_pad = (rows + ROWS - 1) / ROWS * ROWS;
   const int64_t q_bytes = Scratch<Dot>::pad(int64_t(row_pad) * head_dim * passes * sizeof(typename Dot::A));
   const int64_t scores_bytes = int64_t(ROWS) * padded * 4, edge_bytes = ROWS * 64 * 4;
-  const int64_t energy_bytes = int64_t(group) * padded * 4, row_bytes = Scratch<Dot>::pad(row_pad * 4);
+  const int64_t energy_bytes = int64_t(group) * padded * 4 * passes, row_bytes = Scratch<Dot>::pad(row_pad * 4);
   const int64_t bytes = 3 * q_bytes + scores_bytes + edge_bytes + energy_bytes + row_bytes + NUM_STEPS * int64_t(sizeof(Step)) + 64;
   char* memory = (char*)__builtin_malloc(size_t(own) + size_t(bytes) * a->num_threads + 128);
   if (!memory) return ZT_NO_MEMORY;
@@ -144,7 +161,7 @@ static int select_typed(const zt_select_args* a) {
         return distance > 2 ? 2 : int(distance);
       };
       const int64_t end = (count + 15) / 16 * 16;
-      for (int64_t i = 0; i < group * padded; i++) energy[i] = 0;
+      for (int64_t i = 0; i < passes * group * padded; i++) energy[i] = 0;
       for (int pass = 0; pass < passes && count; pass++) {
         const int width = head_dim * (pass + 1);
         for (int r = 0; r < used; r++) {
@@ -191,22 +208,39 @@ static int select_typed(const zt_select_args* a) {
               total = add(total, p);
               store(s + page, p);
             }
-            const vec share = set1(1.0f / (reduce_add(total) * float(samples * passes)));
-            float* e = energy + (row + r) / samples * padded;
+            const vec share = set1(1.0f / (reduce_add(total) * float(samples)));
+            float* e = energy + (pass * group + (row + r) / samples) * padded;
             for (int64_t page = 0; page < end; page += 16) store(e + page, fma(load(s + page), share, load(e + page)));
           }
         }
       }
       const int lists = a->per_kv_head ? 1 : group;
       if (a->per_kv_head)
-        for (int i = 1; i < group; i++)
-          for (int64_t page = 0; page < end; page += 16) store(energy + page, add(load(energy + page), load(energy + i * padded + page)));
+        for (int pass = 0; pass < passes; pass++)
+          for (int i = 1; i < group; i++) {
+            float* sum = energy + pass * group * padded;
+            for (int64_t page = 0; page < end; page += 16) store(sum + page, add(load(sum + page), load(sum + i * padded + page)));
+          }
+      const int64_t first_local = count > a->local_pages ? count - a->local_pages : 0;
+      const Free free = {a->sink_pages < first_local ? a->sink_pages : first_local, first_local};
       for (int i = 0; i < lists; i++) {
         const int64_t list = (h * lists + i) * blocks + block;
-        a->counts[list] = keep_pages(energy + i * padded, count, a->sink_pages, a->local_pages, a->mass[h * lists + i], a->most_pages,
-                                     steps, a->bits + list * words, words);
-        if (a->energies)
-          for (int64_t page = 0; page < num_pages; page++) a->energies[list * num_pages + page] = page < count ? energy[i * padded + page] : 0.0f;
+        const float mass = a->mass[h * lists + i];
+        const float *by_mean = energy + i * padded, *by_bound = by_mean + group * padded;
+        uint64_t* bits = a->bits + list * words;
+        int kept = keep_forced(count, free, bits, words);
+        if (a->bounds) {
+          const int added = keep_by_energy<false>(by_bound, count, free, 1.0f, a->most_pages / 2, steps, bits);
+          kept += added + keep_by_energy<true>(by_mean, count, free, mass, a->most_pages - added, steps, bits);
+        } else {
+          kept += keep_by_energy<false>(by_mean, count, free, mass, a->most_pages, steps, bits);
+        }
+        a->counts[list] = kept;
+        for (int pass = 0; pass < passes && a->energies; pass++) {
+          const float* from = pass ? by_bound : by_mean;
+          float* to = a->energies + (pass * int64_t(a->kv_heads) * lists * blocks + list) * num_pages;
+          for (int64_t page = 0; page < num_pages; page++) to[page] = page < count ? from[page] : 0.0f;
+        }
       }
     }
   }

@@ -96,20 +96,25 @@ def test_energies(
     queries = tuple((torch.randn(num_rows, heads, head_dim, generator=generator) * 2).to(dtype) for _ in range(3))
     factor = 1 + torch.rand(num_rows, generator=generator)
     num_blocks, num_pages = -(-num_rows // 64), -(-length // 64)
-    energies = torch.full((heads, num_blocks, num_pages), float("nan"))
+    energies = torch.full((1 + bounds, heads, num_blocks, num_pages), float("nan"))
     mass = torch.linspace(0.3, 0.9, heads)
     settings = {"first_position": first_position, "scale": head_dim**-0.5, "span_pages": span, "logit_factor": factor, "sample_rows": rows}
-    chosen = kernels.select_pages(queries, view, mass, **settings, sink_pages=1, local_pages=2, bounds=bounds, energies=energies)
+    forced = {"sink_pages": 1, "local_pages": 2}
+    chosen = kernels.select_pages(queries, view, mass, **settings, **forced, bounds=bounds, energies=energies if bounds else energies[0])
     # Means are rounded to the dtype of keys before scoring.
     k = qkv[:, heads : heads + kv_heads]
     rounded = reference.page_means(k).to(dtype).repeat_interleave(64, dim=0)
     rounded = torch.cat((rounded, k[len(rounded) :].double()))
     full = k[: length // 64 * 64].view(-1, 64, kv_heads, head_dim)
     largest = full.amax(dim=1), full.amin(dim=1)
-    expected = reference.page_energies(queries, rounded, **settings, bounds=largest if bounds else None)
-    torch.testing.assert_close(energies.double(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 2e-4, atol=1e-6)
-    check_kept(chosen, energies, mass, first_position, sinks=1, local=2)
-    again = kernels.select_pages(queries, view, mass, **settings, sink_pages=1, local_pages=2, bounds=bounds, num_threads=1)
+    for found, by in zip(energies, (None, largest), strict=False):
+        expected = reference.page_energies(queries, rounded, **settings, bounds=by)
+        torch.testing.assert_close(found.double(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 2e-4, atol=1e-6)
+    if bounds:
+        check_both(chosen, energies, mass, first_position, most=num_pages, sinks=1, local=2)
+    else:
+        check_kept(chosen, energies[0], mass, first_position, sinks=1, local=2)
+    again = kernels.select_pages(queries, view, mass, **settings, **forced, bounds=bounds, num_threads=1)
     assert torch.equal(again.bits, chosen.bits) and torch.equal(again.counts, chosen.counts)
 
 
@@ -128,9 +133,11 @@ def test_packed_tiles_are_kept_from_call_to_call(isa: str, head_dim: int, dtype:
         q = store(values[start:end], kept, heads=heads, first_position=start)
         found = []
         for each in (kept, view):
-            energies = torch.empty((heads, -(-(end - start) // 64), start // 64 + -(-(end - start) // 64)))
+            blocks = -(-(end - start) // 64)
+            bounds_too = start >= 2048
+            energies = torch.empty((*((2,) if bounds_too else ()), heads, blocks, start // 64 + blocks))
             settings = {"first_position": start, "scale": 0.125, "span_pages": None, "sink_pages": 1, "local_pages": 2, "energies": energies}
-            chosen = kernels.select_pages((q, None, None), each, torch.full((heads,), 0.7), **settings, bounds=start >= 2048)
+            chosen = kernels.select_pages((q, None, None), each, torch.full((heads,), 0.7), **settings, bounds=bounds_too)
             found.append((chosen.bits, energies))
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
         packed.append((means.num_valid, bounds.num_valid))
@@ -194,6 +201,62 @@ def check_kept(
                 assert float(energy[row].sum()) - max(min(inside), max(inside) / 17) < float(mass[head]) * float(energy.sum()) + 1e-5 or (
                     float(energy[row].sum()) - min(inside) * (1 + 1 / 8) < float(mass[head]) * float(energy.sum()) + 1e-5
                 )
+
+
+def kept_twice(energies: torch.Tensor, mass: float, count: int, *, most: int, sinks: int, local: int) -> set[int]:
+    """Half by bounds, whatever they hold, then by means, as the rule says it; energies: [2, pages]."""
+    kept = {page for page in range(count) if page < sinks or page >= count - local}
+    room = most
+    for energy, limit, mass in ((energies[1], most // 2, 1.0), (energies[0], most, mass)):
+        order = sorted((page for page in range(count) if page not in kept), key=lambda page: -float(energy[page]))
+        have, all_of_it = float(energy[sorted(kept)].sum()), float(energy[:count].sum())
+        added = 0
+        for page in order:
+            if added >= min(limit, room) or (mass < 1 and have >= mass * all_of_it):
+                break
+            kept.add(page)
+            have, added = have + float(energy[page]), added + 1
+        room -= added
+    return kept
+
+
+def check_both(
+    chosen: kernels.PageBits, energies: torch.Tensor, mass: torch.Tensor, first_position: int, *, most: int, sinks: int, local: int
+) -> None:
+    """Energies are compared in steps of a sixteenth, so a few pages may differ from the exact rule's; not many, and not in number."""
+    kept = kept_pages(chosen, energies.shape[3])
+    assert torch.equal(kept.sum(dim=-1, dtype=torch.int32), chosen.counts)
+    for block in range(energies.shape[2]):
+        diagonal = first_position // 64 + block
+        for head in range(energies.shape[1]):
+            found = set(kept[head, block].nonzero().flatten().tolist())
+            expected = kept_twice(energies[:, head, block], float(mass[head]), diagonal, most=most, sinks=sinks, local=local) | {diagonal}
+            assert {diagonal, *range(min(sinks, diagonal)), *range(max(0, diagonal - local), diagonal)} <= found
+            assert max(found) == diagonal
+            assert len(found ^ expected) <= 4 + len(expected) // 8, (found - expected, expected - found)
+
+
+@dtypes
+@pytest.mark.parametrize("most", [0, 1, 7, 16, 1000])
+def test_half_of_the_pages_are_chosen_by_bounds(isa: str, most: int, dtype: torch.dtype) -> None:
+    """A page has one key that the query looks for, which its mean hides; five others lie a little in that direction with all of their keys."""
+    pages, heads = 60, 2
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(64 * pages, 3 * heads, 64, generator=generator) * 0.3
+    needle = torch.zeros(64)
+    needle[5] = 12.0
+    qkv[64 * 20 + 9, heads : 2 * heads] = needle
+    qkv[64 * 30 : 64 * 35, heads : 2 * heads, 5] += 0.6
+    qkv[-1, :heads] = needle / 2
+    view = with_summaries(make_view(pages, heads, 64, dtype), 64)
+    q = store(qkv.to(dtype), view, heads=heads)[-1:].contiguous()
+    energies = torch.empty(2, heads, 1, pages)
+    settings = {"first_position": 64 * pages - 1, "scale": 0.125, "span_pages": None, "sink_pages": 1, "local_pages": 2, "sample_rows": 1}
+    chosen = kernels.select_pages((q, None, None), view, torch.ones(heads), **settings, most_pages=most, bounds=True, energies=energies)
+    check_both(chosen, energies, torch.ones(heads), settings["first_position"], most=most, sinks=1, local=2)
+    assert chosen.counts.tolist() == [[min(pages, 1 + 2 + 1 + most)]] * heads
+    assert kept_pages(chosen, pages)[:, 0, 20].all() == (most >= 2)
+    assert (energies[1, :, 0, 20] > 0.5).all() and (energies[0, :, 0, 20] < 0.1).all()
 
 
 def make_flat(num_pages: int) -> tuple[torch.Tensor, PageView]:

@@ -606,8 +606,9 @@ def select_pages(
     queries, kv, first_position (a multiple of 64, or of a single row), scale, logit_factor: as for ``attend``, after ``store`` of the same
     rows. mass: float32 [lists], the share of estimated attention mass to keep; 1 keeps every page. sink_pages, local_pages: kept always, as is
     the diagonal; at most ``most_pages`` others. energies: float32 [lists, blocks, pages], filled with the estimates if given. There is a list
-    for every head, or with ``per_kv_head`` one for all heads of a group, by the sum of their estimates. bounds: estimate by the bounds of a
-    page's keys too, which shows single keys that a mean hides (Quest, arXiv 2406.10774). Raises ValueError for arguments that do not fit together.
+    for every head, or with ``per_kv_head`` one for all heads of a group, by the sum of their estimates. bounds: choose half of
+    ``most_pages`` first, by the bounds of a page's keys, which show single keys that a mean hides (Quest, arXiv 2406.10774); energies are then two of these,
+    by means and by bounds. Raises ValueError for arguments that do not fit together.
     Cost: 2 * head_dim * sample_rows FLOP per head, query block and page, with bounds three times that.
     """
     first = _queries(queries)
@@ -623,7 +624,7 @@ def select_pages(
     if span_pages is not None:
         needed = min((num_pages - 1) // span_pages, 2)
         _need(all(query is not None for query in queries[: needed + 1]), f"these rows need {needed + 1} query variants")
-    for tensor, shape in ((logit_factor, (num_rows,)), (energies, (num_lists, num_blocks, num_pages))):
+    for tensor, shape in ((logit_factor, (num_rows,)), (energies, (*((2,) if bounds else ()), num_lists, num_blocks, num_pages))):
         if tensor is not None:
             _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
     kept = (kv.packed_means, kv.packed_bounds if bounds else None)

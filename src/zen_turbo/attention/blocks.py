@@ -229,7 +229,7 @@ def choose_by_mass(chunk: Chunk, mass: torch.Tensor, **settings: Any) -> PageBit
 
 def select_by_mass(chunk: Chunk, mass: torch.Tensor, *, end_pages: int | None = None, **settings: Any) -> BlockLists:
     """The lists of what ``choose_by_mass`` gives. The prompt's end reads everything, or with ``end_pages`` so many pages of largest estimated
-    mass, estimated by all of its rows and with the bounds of keys: a question asks for single tokens."""
+    mass, chosen by all of its rows and with the bounds of keys: a question asks for single tokens."""
     chosen, end = choose_by_mass(chunk, mass, **settings), chunk.first_end_block
     if end_pages is not None and end < chunk.num_blocks and chunk.num_pages > end_pages:
         settings |= {"most_pages": end_pages, "sample_rows": PAGE_TOKENS, "bounds": True}

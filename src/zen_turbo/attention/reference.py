@@ -199,7 +199,7 @@ def page_energies(
 
     q_variants and k as in ``block_attention``. Rows of block b are sampled evenly, min(sample_rows, rows) of them, the last one among them;
     each takes a softmax over its logits with the mean keys, and the mean over rows is the estimate. bounds: largest and smallest keys of pages,
-    [pages, G, D] each; half of the estimate is then by the largest logit that such keys allow (Quest, 2406.10774).
+    [pages, G, D] each; the estimate is then by the largest logit that such keys allow (Quest, 2406.10774).
     """
     first = next(q for q in q_variants if q is not None)
     num_rows, num_heads, _ = first.shape
@@ -214,18 +214,18 @@ def page_energies(
         samples = min(sample_rows, in_block)
         rows = torch.tensor([block * PAGE_TOKENS + in_block * (i + 1) // samples - 1 for i in range(samples)])
         factor = None if logit_factor is None else logit_factor[rows]
-        parts, most = [], []
+        parts = []
         for page in range(count):
             variant = 0 if span_pages is None else min(count // span_pages - page // span_pages, 2)
             q = q_variants[variant]
             if q is None:
                 raise ValueError(f"page {page} needs query variant {variant}, which is missing.")
-            parts.append(_logits(q[rows], means[page : page + 1], scale, factor))
-            if bounds is not None:
+            if bounds is None:
+                parts.append(_logits(q[rows], means[page : page + 1], scale, factor))
+            else:
                 high, low = (keys[page : page + 1] for keys in bounds)
-                most.append(_logits(q[rows].clamp_min(0), high, scale, factor) + _logits(q[rows].clamp_max(0), low, scale, factor))
-        estimates = [torch.cat(logits, dim=-1).softmax(dim=-1).mean(dim=1) for logits in (parts, most) if logits]
-        energies[:, block, :count] = torch.stack(estimates).mean(dim=0)
+                parts.append(_logits(q[rows].clamp_min(0), high, scale, factor) + _logits(q[rows].clamp_max(0), low, scale, factor))
+        energies[:, block, :count] = torch.cat(parts, dim=-1).softmax(dim=-1).mean(dim=1)
     return energies
 
 
