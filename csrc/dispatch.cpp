@@ -157,7 +157,7 @@ int zt_silu(const zt_silu_args* a) {
 int zt_select_pages(const zt_select_args* a) {
   const bool ok = a && a->q[0] && a->summaries && a->page_table && a->mass && a->bits && a->counts && a->num_rows > 0 &&
                   a->first_position >= 0 && (a->first_position % ZT_PAGE == 0 || a->num_rows == 1) && a->span_pages >= 0 && a->sink_pages >= 0 &&
-                  a->local_pages >= 0 && a->most_pages >= 0 && a->sample_rows > 0 && a->sample_rows <= ZT_PAGE && a->q_heads > 0 &&
+                  a->local_pages >= 0 && a->most_pages >= 0 && a->bound_pages >= 0 && a->sample_rows > 0 && a->sample_rows <= ZT_PAGE && a->q_heads > 0 &&
                   a->kv_heads > 0 && a->q_heads % a->kv_heads == 0 && known_head_dim(a->head_dim) &&
                   (a->dtype == ZT_BF16 || a->dtype == ZT_F32) && a->scale > 0 && a->num_threads > 0;
   return ok ? selected()->select(a) : ZT_BAD_ARGUMENT;

@@ -81,7 +81,7 @@ typedef struct {
  * logit_factor as in zt_attend_args, after the run's own keys were stored; span_pages is the length of a span in pages, 0 without spans.
  * Writes bits[q_heads][blocks][words], words = ceil((first_position / 64 + blocks) / 64), bit p = page p, and how many are set. With
  * per_kv_head lists are [kv_heads] and `mass` too: query heads of a group share one, by the sum of their energies. A single row may be at any
- * position. With `bounds` half of the pages are chosen by the bound that a page's largest and smallest keys give. Scoring reads means and
+ * position. `bound_pages` pages are chosen by the bound that a page's largest and smallest keys give. Scoring reads means and
  * bounds as it reads keys, 16 pages to a tile; `packed` is where a caller keeps these tiles from call to call: of means, and of bounds. */
 typedef struct {
   const void* q[3];
@@ -93,15 +93,16 @@ typedef struct {
   const float* mass; /* [q_heads] share of the energy to keep; 1: every page */
   uint64_t* bits;
   int32_t* counts;  /* [q_heads][blocks] */
-  float* energies;  /* [q_heads][blocks][first_position / 64 + blocks], with bounds two of these: by means, by bounds; or null */
+  float* energies;  /* [q_heads][blocks][first_position / 64 + blocks], with bound_pages two of these: by means, by bounds; or null */
   int64_t num_rows, first_position;
   int64_t span_pages, sink_pages, local_pages, most_pages;
+  int64_t bound_pages; /* of most_pages; 0: bounds are not looked at */
   int64_t sample_rows; /* 1 to 64 */
   void* packed[2]; /* [kv_heads][packed_tiles][head_dim * 16] of `dtype`, bounds twice as wide; or null: packed anew */
   int64_t packed_tiles[2], valid_tiles[2]; /* room for ceil(pages / 64) * 4 at least; how many are as they should be */
   int32_t q_heads, kv_heads, head_dim, dtype;
   float scale;
-  int32_t per_kv_head, bounds;
+  int32_t per_kv_head;
   int32_t num_threads;
 } zt_select_args;
 

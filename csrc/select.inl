@@ -5,15 +5,15 @@
 //   logit[r][J] = factor_r * q_r . mean_key[J]          r: `sample_rows` rows of the block, evenly spaced, the last one among them
 //   energy[J]   = mean over r of softmax_J(logit[r])    every row counts the same, so a few loud rows cannot decide alone
 //
-// A mean hides a single key: what a prompt is searched for stands in a few tokens of a page. With `bounds` each row takes a second softmax, over
+// A mean hides a single key: what a prompt is searched for stands in a few tokens of a page. With `bound_pages` each row takes a second softmax, over
 //
 //   bound[r][J] = factor_r * sum over channels of max(q * largest_key[J], q * smallest_key[J])       (Quest, arXiv 2406.10774)
 //
-// which no key of the page exceeds, and half of the pages are chosen by these energies. As max(q a, q b) = q+ a + q- b for a >= b, this is a product too: of
+// which no key of the page exceeds, and so many pages are chosen by these energies. As max(q a, q b) = q+ a + q- b for a >= b, this is a product too: of
 // (q+, q-) with (largest, smallest), twice as wide.
 //
-// Kept are the sinks, the local pages and the diagonal; then with `bounds` the pages of largest energy by bounds, half of `most_pages` whatever they
-// hold, because bounds say where a key may be and not how much it weighs; then those of largest energy by means, until what is kept holds `mass` of
+// Kept are the sinks, the local pages and the diagonal; then the `bound_pages` pages of largest energy by bounds, whatever they hold, because
+// bounds say where a key may be and not how much it weighs; then those of largest energy by means, until what is kept holds `mass` of
 // all energy by means; at most `most_pages` together. Energies are compared in steps of a sixteenth of an octave, and in the last step the latest pages go first: a
 // head without preferences then keeps exactly as many as it needs. A query reads page J with the rotation that attention itself would use,
 // so the estimate is of the mass that attention will find.
@@ -95,7 +95,7 @@ static int select_typed(const zt_select_args* a) {
   const int head_dim = a->head_dim, group = a->q_heads / a->kv_heads;
   const int64_t blocks = (a->num_rows + ZT_PAGE - 1) / ZT_PAGE, first_block = a->first_position / ZT_PAGE;
   const int64_t num_pages = first_block + blocks, padded = (num_pages + 63) / 64 * 64, words = padded / 64;
-  const int passes = a->bounds ? 2 : 1;  // means, bounds
+  const int passes = a->bound_pages ? 2 : 1;  // means, bounds
   const int64_t tiles = padded / 16;
   int64_t vec_bytes[2], first_tile[2], packed_head[2], own = 0;
   for (int pass = 0; pass < passes; pass++) {
@@ -229,8 +229,9 @@ static int select_typed(const zt_select_args* a) {
         const float *by_mean = energy + i * padded, *by_bound = by_mean + group * padded;
         uint64_t* bits = a->bits + list * words;
         int kept = keep_forced(count, free, bits, words);
-        if (a->bounds) {
-          const int added = keep_by_energy<false>(by_bound, count, free, 1.0f, a->most_pages / 2, steps, bits);
+        if (a->bound_pages) {
+          const int64_t most = a->bound_pages < a->most_pages ? a->bound_pages : a->most_pages;
+          const int added = keep_by_energy<false>(by_bound, count, free, 1.0f, most, steps, bits);
           kept += added + keep_by_energy<true>(by_mean, count, free, mass, a->most_pages - added, steps, bits);
         } else {
           kept += keep_by_energy<false>(by_mean, count, free, mass, a->most_pages, steps, bits);

@@ -124,6 +124,7 @@ class _SelectArgs(ctypes.Structure):
         ("sink_pages", _int64),
         ("local_pages", _int64),
         ("most_pages", _int64),
+        ("bound_pages", _int64),
         ("sample_rows", _int64),
         ("packed", _pointer * 2),
         ("packed_tiles", _int64 * 2),
@@ -134,7 +135,6 @@ class _SelectArgs(ctypes.Structure):
         ("dtype", _int32),
         ("scale", _float),
         ("per_kv_head", _int32),
-        ("bounds", _int32),
         ("num_threads", _int32),
     )
 
@@ -598,7 +598,7 @@ def select_pages(
     logit_factor: torch.Tensor | None = None,
     energies: torch.Tensor | None = None,
     per_kv_head: bool = False,
-    bounds: bool = False,
+    bound_pages: int = 0,
     num_threads: int | None = None,
 ) -> PageBits:
     """Choose pages for every query block and head from the summaries of pages; ``csrc/select.inl`` has the rule.
@@ -606,9 +606,9 @@ def select_pages(
     queries, kv, first_position (a multiple of 64, or of a single row), scale, logit_factor: as for ``attend``, after ``store`` of the same
     rows. mass: float32 [lists], the share of estimated attention mass to keep; 1 keeps every page. sink_pages, local_pages: kept always, as is
     the diagonal; at most ``most_pages`` others. energies: float32 [lists, blocks, pages], filled with the estimates if given. There is a list
-    for every head, or with ``per_kv_head`` one for all heads of a group, by the sum of their estimates. bounds: choose half of
-    ``most_pages`` first, by the bounds of a page's keys, which show single keys that a mean hides (Quest, arXiv 2406.10774); energies are then two of these,
-    by means and by bounds. Raises ValueError for arguments that do not fit together.
+    for every head, or with ``per_kv_head`` one for all heads of a group, by the sum of their estimates. bound_pages: so many, of
+    ``most_pages``, are chosen first and by the bounds of a page's keys, which show single keys that a mean hides (Quest, arXiv 2406.10774); energies
+    are then two of these, by means and by bounds. Raises ValueError for arguments that do not fit together.
     Cost: 2 * head_dim * sample_rows FLOP per head, query block and page, with bounds three times that.
     """
     first = _queries(queries)
@@ -624,10 +624,10 @@ def select_pages(
     if span_pages is not None:
         needed = min((num_pages - 1) // span_pages, 2)
         _need(all(query is not None for query in queries[: needed + 1]), f"these rows need {needed + 1} query variants")
-    for tensor, shape in ((logit_factor, (num_rows,)), (energies, (*((2,) if bounds else ()), num_lists, num_blocks, num_pages))):
+    for tensor, shape in ((logit_factor, (num_rows,)), (energies, (*((2,) if bound_pages else ()), num_lists, num_blocks, num_pages))):
         if tensor is not None:
             _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
-    kept = (kv.packed_means, kv.packed_bounds if bounds else None)
+    kept = (kv.packed_means, kv.packed_bounds if bound_pages else None)
     for packed, width in zip(kept, (head_dim, 2 * head_dim), strict=True):
         if packed is not None:
             same = packed.tiles.dtype == first.dtype and packed.tiles.shape[2] == _TILE_PAGES * width and packed.tiles.is_contiguous()
@@ -653,6 +653,7 @@ def select_pages(
         sink_pages,
         local_pages,
         num_pages if most_pages is None else most_pages,
+        bound_pages,
         sample_rows,
         (_pointer * 2)(*(packed.tiles.data_ptr() if packed is not None else None for packed in kept)),
         (_int64 * 2)(*(packed.tiles.shape[1] if packed is not None else 0 for packed in kept)),
@@ -663,7 +664,6 @@ def select_pages(
         _DTYPES[first.dtype],
         scale,
         per_kv_head,
-        bounds,
         num_threads or torch.get_num_threads(),
     )
     _call("zt_select_pages", args)

@@ -214,7 +214,7 @@ def largest_by_mass(energy: torch.Tensor, mass: float) -> torch.Tensor:
 
 def choose_by_mass(chunk: Chunk, mass: torch.Tensor, **settings: Any) -> PageBits:
     """The pages of largest estimated mass for each list and query block, natively. mass and settings (sink_pages, local_pages, most_pages,
-    sample_rows, per_kv_head, bounds, energies) as for ``kernels.select_pages``."""
+    sample_rows, per_kv_head, bound_pages, energies) as for ``kernels.select_pages``."""
     return kernels.select_pages(
         chunk.queries,
         chunk.kv,
@@ -229,10 +229,10 @@ def choose_by_mass(chunk: Chunk, mass: torch.Tensor, **settings: Any) -> PageBit
 
 def select_by_mass(chunk: Chunk, mass: torch.Tensor, *, end_pages: int | None = None, **settings: Any) -> BlockLists:
     """The lists of what ``choose_by_mass`` gives. The prompt's end reads everything, or with ``end_pages`` so many pages of largest estimated
-    mass, chosen by all of its rows and with the bounds of keys: a question asks for single tokens."""
+    mass, chosen by all of its rows, half of them by the bounds of keys: a question asks for single tokens."""
     chosen, end = choose_by_mass(chunk, mass, **settings), chunk.first_end_block
     if end_pages is not None and end < chunk.num_blocks and chunk.num_pages > end_pages:
-        settings |= {"most_pages": end_pages, "sample_rows": PAGE_TOKENS, "bounds": True}
+        settings |= {"most_pages": end_pages, "bound_pages": end_pages // 2, "sample_rows": PAGE_TOKENS}
         last = choose_by_mass(chunk.after(end), torch.ones_like(mass), **settings)
         chosen.bits[:, end:], chosen.counts[:, end:] = last.bits, last.counts
         chunk = dataclasses.replace(chunk, sparse_blocks=range(chunk.sparse_blocks.start, chunk.num_blocks))

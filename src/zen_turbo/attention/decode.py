@@ -3,8 +3,8 @@
 Two ways, of one shape: sinks, recent pages, and at most ``most_pages`` others for each KV head, because a page is read once for all query heads
 of a group. Up to ``dense_pages`` everything is read.
 
-    SparseDecode   every token scores every page with its own query (``csrc/select.inl``), half by the bounds of the page's keys and half
-                   by its mean key, and takes the pages of largest estimated mass until they hold ``mass`` of it
+    SparseDecode   every token scores every page with its own query (``csrc/select.inl``), and takes half of ``most_pages`` by the
+                   bounds of their keys, where a single key may be looked for, and others by their mean keys until these hold ``mass``
     SnapDecode     the prompt's last ``OBSERVED_ROWS`` rows choose once, and every token of the answer reads what they looked at (SnapKV,
                    2404.14469, with pages in place of pooled keys): a token costs no scoring, and cannot look for anything else
 
@@ -63,7 +63,7 @@ class SparseDecode:
             most_pages=settings.most_pages,
             sample_rows=1,
             per_kv_head=True,
-            bounds=True,
+            bound_pages=settings.most_pages // 2,
         )
 
     def samples(self, position: int, layer: int) -> bool:
@@ -92,7 +92,7 @@ class SnapDecode(SparseDecode):
         kv_heads = end.kv.pages.shape[1]
         energies = torch.empty((2, kv_heads, end.num_blocks, end.num_pages))
         rows = OBSERVED_ROWS
-        choose_by_mass(end, torch.ones(kv_heads), sink_pages=0, local_pages=0, sample_rows=rows, per_kv_head=True, bounds=True, energies=energies)
+        choose_by_mass(end, torch.ones(kv_heads), sink_pages=0, local_pages=0, sample_rows=rows, per_kv_head=True, bound_pages=1, energies=energies)
         by_mean, by_bound = energies.sum(dim=2)
         most = min(self.settings.most_pages, end.num_pages)
         chosen = torch.zeros_like(by_mean, dtype=torch.bool).scatter_(1, by_bound.topk(most // 2, dim=1).indices, True)
