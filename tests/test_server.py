@@ -168,18 +168,18 @@ def test_several_choices(client: openai.OpenAI, engine: Engine) -> None:
 
 def test_a_prompt_is_read_once_for_all_choices(client: openai.OpenAI, engine: Engine) -> None:
     seen: list[int] = []
-    forward = engine.decoder.forward
+    begin = engine.decoder.begin
 
     def spy(token_ids: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(len(token_ids))
-        return forward(token_ids, *args, **kwargs)
+        return begin(token_ids, *args, **kwargs)
 
-    engine.decoder.forward = spy  # type: ignore[method-assign]
+    engine.decoder.begin = spy  # type: ignore[method-assign]
     try:
         answer = chat(client, messages=[{"role": "user", "content": "A prompt of which pages are shared. " * 40}], n=3, max_tokens=1)
     finally:
-        engine.decoder.forward = forward  # type: ignore[method-assign]
-    assert sum(seen) <= answer.usage.prompt_tokens + 2 * 64
+        engine.decoder.begin = begin  # type: ignore[method-assign]
+    assert answer.usage.prompt_tokens <= sum(seen) <= answer.usage.prompt_tokens + 2 * 64
 
 
 def test_logprobs_of_an_answer(client: openai.OpenAI, engine: Engine) -> None:
@@ -327,6 +327,8 @@ def test_a_default_of_max_tokens_ends_where_the_context_does(client: openai.Open
         ({"presence_penalty": 2.5}, "presence_penalty", "invalid_request"),
         ({"stop": ["x"] * 65}, "stop", "invalid_request"),
         ({"stop": "x" * 257}, "stop", "invalid_request"),
+        ({"stop": [""]}, "stop", "invalid_request"),
+        ({"extra_body": {"stop_token_ids": [5] * 1025}}, "stop_token_ids", "invalid_request"),
         ({"response_format": {"type": "structural_tag"}}, "response_format", "unsupported_parameter"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_request"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wat"}}}}, "response_format", "invalid_request"),
@@ -400,6 +402,14 @@ def test_the_documentation_names_what_is_honoured_and_refused() -> None:
     refused_fields = set(page.partition("## Refused by name")[2].replace("`", " ").replace(",", " ").split())
     assert set(GenerationRequest.model_fields) - plumbing <= named
     assert set(GenerationRequest.neutral) - {"use_beam_search", "structural_tag"} <= refused_fields
+
+
+@pytest.mark.parametrize(
+    ("values", "numbers"), [({"stop": ["x"] * 65}, (64, 65)), ({"stop": ["x", "y" * 300]}, (256, 300)), ({"stop_token_ids": [5] * 1025}, (1024, 1025))]
+)
+def test_stops_are_bounded_and_the_refusal_is_short(client: openai.OpenAI, values: dict[str, Any], numbers: tuple[int, int]) -> None:
+    message = refused(client, openai.BadRequestError, extra_body=values)["message"]
+    assert all(str(number) in message for number in numbers) and len(message) < 100
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
