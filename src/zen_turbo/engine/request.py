@@ -61,7 +61,8 @@ class SamplingParams:
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
         for name in ("presence_penalty", "frequency_penalty"):
             _check(-2 <= getattr(self, name) <= 2, name, "between -2 and 2", getattr(self, name))
-        _check(0 < self.repetition_penalty <= 10, "repetition_penalty", "in (0, 10]", self.repetition_penalty)
+        # Logits are divided by it: a smaller one makes them infinite sooner or later.
+        _check(0.01 <= self.repetition_penalty <= 10, "repetition_penalty", "between 0.01 and 10", self.repetition_penalty)
         for token, bias in self.logit_bias.items():
             _check(token >= 0 and -100 <= bias <= 100, "logit_bias", "token ids with values between -100 and 100", {token: bias})
         longest = math.inf if self.max_tokens is None else self.max_tokens
