@@ -850,7 +850,7 @@ def test_keys_of_the_question(page: Page, engine: Engine) -> None:
     page.keyboard.press("Enter")
     expect(done(page.locator(".turn")).locator("h2")).to_have_text("one\ntwo", use_inner_text=True)
     page.unroute_all()
-    with Slowly(engine, 0.05):
+    with Slowly(engine, 0.02):
         turn = ask(page, "Once more, at some length. " * 10)
         field.fill("too early")
         field.press("Enter")
