@@ -360,10 +360,12 @@ def test_prompt_fingerprint_tells_prompts_apart() -> None:
 # The server
 
 
-def test_the_server_is_measured_from_outside(tiny_folder: Path) -> None:
+def test_the_server_is_measured_from_outside(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "OVERHEAD_ROUNDS", 1)
+    monkeypatch.setattr(serve, "SETTLE_S", 0.1)
     config = EngineConfig(prefill_chunk_tokens=128, kv_cache_bytes=10 << 20, max_model_len=4096, dtype="float32")
     record = serve.run(
-        model=str(tiny_folder), cases=serve.CASES, long_tokens=3000, short_every_s=0.02, clients=4, minutes=0.05, config=config
+        model=str(tiny_folder), cases=serve.CASES, long_tokens=3000, short_every_s=0.02, clients=4, minutes=0.03, config=config
     )
     overhead, mixed, load = record["rows"]
     assert [row["case"] for row in record["rows"]] == list(serve.CASES)

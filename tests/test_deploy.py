@@ -15,6 +15,7 @@ import typer
 
 from zen_turbo.cli import app
 from zen_turbo.models.catalogue import CACHE_ENVIRONMENT
+from zen_turbo.server.file_store import DEFAULT_MAX_UPLOAD_BYTES
 from zen_turbo.server.keys import KEY_ENVIRONMENT
 from zen_turbo.server.metrics import PREFIX, EngineStats, Metrics
 from zen_turbo.server.settings import ServerSettings
@@ -74,7 +75,8 @@ def test_the_unit_agrees_with_itself_and_the_program() -> None:
     (credential,) = unit_values("LoadCredential")
     assert str(values["api_key_file"]).endswith("/" + credential.split(":")[0])
     state = "/var/lib/" + unit_values("StateDirectory")[0]
-    assert str(values["store"]).startswith(state)
+    assert str(values["store"]).startswith(state) and str(values["files_dir"]).startswith(state)
+    assert unit_values("OOMPolicy") == ["continue"], "a reader of documents that is killed must not stop the service"
     assert any(word.startswith(f"{CACHE_ENVIRONMENT}={state}") for word in unit_values("Environment")[0].split())
 
 
@@ -91,6 +93,9 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
 def test_the_container() -> None:
     stages = re.split(r"^FROM ", joined(CONTAINER), flags=re.MULTILINE)[1:]
     assert len(stages) == 2 and "g++" in stages[0] and "g++" not in stages[1]
+    (volume,) = re.findall(r"^VOLUME (\S+)$", stages[1], flags=re.MULTILINE)
+    values = served_with(container_command()[2:])
+    assert all(str(values[name]).startswith(volume) for name in ("store", "files_dir")), "what is to outlive the container"
     user = re.findall(r"^USER (\S+)$", stages[1], flags=re.MULTILINE)
     assert user and user[-1] not in ("root", "0"), "the last stage runs as somebody without rights"
     assert re.search(r"^HEALTHCHECK .*/health", stages[1], flags=re.MULTILINE)
@@ -109,6 +114,8 @@ def size_of(text: str) -> int:
 def test_nginx_lets_through_what_the_server_takes() -> None:
     limits = [size_of(text) for text in re.findall(r"client_max_body_size (\w+);", NGINX)]
     assert limits[0] == ServerSettings().max_body_bytes and min(limits) == limits[0]
+    uploads = re.search(r"location /v1/files \{.*?client_max_body_size (\w+);", NGINX, flags=re.DOTALL)
+    assert uploads and size_of(uploads[1]) > DEFAULT_MAX_UPLOAD_BYTES
     assert "proxy_buffering off;" in NGINX and "proxy_ignore_client_abort off;" in NGINX
     assert NGINX.count("{") == NGINX.count("}")
     for line in joined(NGINX).splitlines():

@@ -21,7 +21,7 @@ from zen_turbo.server.app import create_app
 from zen_turbo.server.operations import Operations
 
 CHAT = "/v1/chat/completions"
-ROUTES = (CHAT, "/v1/chat/completions/input_tokens", "/tokenize", "/detokenize")
+ROUTES = (CHAT, "/v1/completions", "/v1/responses", "/v1/chat/completions/input_tokens", "/tokenize", "/detokenize")
 
 
 @pytest.fixture(scope="module")
@@ -213,13 +213,14 @@ class Malformed:
     )
     FIELDS = """messages model max_tokens max_completion_tokens temperature top_p top_k min_p seed stop stop_token_ids ignore_eos stream
         stream_options return_progress sse_ping_interval add_generation_prompt chat_template_kwargs enable_thinking n logit_bias tools
-        response_format prompt tokens add_special_tokens return_token_strs logprobs top_logprobs user metadata x""".split()
+        response_format prompt tokens add_special_tokens return_token_strs logprobs top_logprobs user metadata x input instructions text reasoning
+        tool_choice echo structured_outputs max_output_tokens""".split()
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def __call__(self) -> bytes:
-        value: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi."}], "max_tokens": 2}
+        value: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi."}], "prompt": "Hi.", "input": "Hi.", "max_tokens": 2}
         for _ in range(self._random.choice((0, 1, 1, 2, 4))):
             value[self._random.choice(self.FIELDS)] = self._strange()
         content = json.dumps(value, ensure_ascii=self._random.random() < 0.8, default=str).encode("utf-8", "surrogatepass")

@@ -207,6 +207,7 @@ def test_metrics_while_the_model_is_loaded(engine: Engine) -> None:
 
     with serving(create_app(load, model_name="tiny")) as url, httpx.Client(base_url=url) as client:
         assert scrape(client)("num_requests_running") == 0
+        assert [client.get("/health").status_code for _ in range(3)] == [503] * 3, "who asks for no work is not refused any"
         assert client.post(CHAT, json=body("x")).status_code == 503
         assert scrape(client)("admission_rejections_total", "loading") == 1
         gate.set()

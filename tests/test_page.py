@@ -12,22 +12,21 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_files import FakeFiles
-from fastapi import FastAPI
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from test_server import NAME, Slowly, serving, wait_until
+from serving import Slowly, serving, wait_until
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
 from zen_turbo.server import page as page_module
 from zen_turbo.server.app import create_app
+from zen_turbo.server.keys import KeyRing
+from zen_turbo.server.settings import ServerSettings
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 expect.set_options(timeout=20_000)  # a busy machine is no failure
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="the page is tested in Chromium: sudo apt-get install chromium (Fedora: dnf)")
+NAME = "tiny"
 LIMIT = 4096
 Page = Any  # playwright's, which may be missing
 
@@ -37,17 +36,9 @@ def engine(tiny_folder: Path) -> Engine:
     return LLM(tiny_folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=LIMIT).engine
 
 
-def app_with_files(engine: Engine, **options: Any) -> Any:
-    """The application; a stand-in keeps the files where it has no files API of its own."""
-    app = create_app(lambda: engine, model_name=NAME, keep_alive_s=0.2, **options)
-    if any(getattr(route, "path", "") == "/v1/files" for route in app.routes):
-        return app
-    return FakeFiles(app, lambda text: len(engine.tokenizer.encode(text)))
-
-
 @pytest.fixture(scope="module")
 def url(engine: Engine) -> Iterator[str]:
-    with serving(app_with_files(engine, default_max_tokens=24)) as base:
+    with serving(create_app(lambda: engine, model_name=NAME, keep_alive_s=0.2, default_max_tokens=24)) as base:
         wait_until(lambda: httpx.get(f"{base}/health").status_code == 200)
         yield base
 
@@ -499,24 +490,11 @@ def test_a_question_waits_for_the_documents_that_are_being_sent(page: Page, url:
     assert body["messages"][0]["content"][0] == {"type": "file", "file": {"file_id": stored(url)["late.txt"]["id"]}}
 
 
-class Keyed:
-    """Demands a key for all but the page, as the server's own guard does."""
-
-    def __init__(self, app: Any, key: str) -> None:
-        self.app, self.key = app, key
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        app = self.app
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
-            if Request(scope).headers.get("Authorization") != f"Bearer {self.key}":
-                app = JSONResponse(json.loads(error("invalid_api_key")), 401)
-        await app(scope, receive, send)
-
-
 @needs_browser
 def test_a_key_is_asked_for_and_kept_in_the_tab(open_page: Callable[..., Page], engine: Engine) -> None:
-    keyed = Keyed(app_with_files(engine, default_max_tokens=4), "right")
-    with serving(keyed) as base:  # type: ignore[arg-type]
+    keys = KeyRing(["right"])
+    app = create_app(lambda: engine, model_name=NAME, default_max_tokens=4, settings=ServerSettings(keys=keys))
+    with serving(app) as base:
         wait_until(lambda: httpx.get(f"{base}/health").status_code == 200)
         page = open_page(base)
         field = page.get_by_label("API key")
@@ -533,7 +511,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(open_page: Callable[..., Page], 
         assert page.evaluate("Object.values(localStorage).join().includes('right')") is False
         page.reload()
         expect(page.locator(".document")).to_have_count(1)
-        keyed.key = "new"
+        keys._known = KeyRing(["new"])._known  # as after a restart with another key
         page.get_by_label("Question").fill("And now?")
         page.get_by_label("Question").press("Enter")
         expect(field).to_be_visible()
@@ -557,8 +535,7 @@ def test_the_page_waits_for_the_model(open_page: Callable[..., Page], engine: En
         gate.wait(20)
         return engine
 
-    app: FastAPI = create_app(load, model_name=NAME)
-    with serving(app) as base:
+    with serving(create_app(load, model_name=NAME)) as base:
         page = open_page(base)
         expect(page.locator("#model")).to_have_text("The model is being loaded. This page will be ready when it is.")
         expect(page.get_by_role("button", name="Ask", exact=True)).to_be_disabled()
@@ -873,7 +850,7 @@ def test_keys_of_the_question(page: Page, engine: Engine) -> None:
     page.keyboard.press("Enter")
     expect(done(page.locator(".turn")).locator("h2")).to_have_text("one\ntwo", use_inner_text=True)
     page.unroute_all()
-    with Slowly(engine, 0.05):
+    with Slowly(engine, 0.02):
         turn = ask(page, "Once more, at some length. " * 10)
         field.fill("too early")
         field.press("Enter")

@@ -140,16 +140,16 @@ def test_async(client: openai.OpenAI) -> None:
 
 
 def test_a_fault_ends_a_stream_as_failed(client: openai.OpenAI, engine: Engine) -> None:
-    forward = engine.decoder.forward
+    begin = engine.decoder.begin
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("/secret/path")
 
-    engine.decoder.forward = faulty  # type: ignore[method-assign]
+    engine.decoder.begin = faulty  # type: ignore[method-assign]
     try:
         last = list(respond(client, stream=True))[-1]
     finally:
-        engine.decoder.forward = forward  # type: ignore[method-assign]
+        engine.decoder.begin = begin  # type: ignore[method-assign]
     assert (last.type, last.response.status, last.response.error.code) == ("response.failed", "failed", "internal_error")
     assert "secret" not in str(last)
 

@@ -33,6 +33,10 @@ def test_temperature_divides_logits() -> None:
     assert probabilities(temperature=2.0) == pytest.approx(torch.softmax(LOGITS.double() / 2, -1).tolist())
 
 
+def test_no_temperature_is_too_small() -> None:
+    assert probabilities(temperature=5e-324) == probabilities(temperature=1e-9) == [0, 0.5, 0, 0, 0.5]
+
+
 def test_top_k_keeps_k() -> None:
     kept = probabilities(top_k=3)
     assert [p > 0 for p in kept] == [False, True, True, False, True] and sum(kept) == pytest.approx(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -23,6 +24,11 @@ from zen_turbo.server.settings import ServerSettings
 from zen_turbo.server.slow_answers import CancellingResponse, answer_when_done
 
 CHAT = "/v1/chat/completions"
+STREAMED: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "user", "content": "Hi."}], "n": 2},
+    "/v1/completions": {"prompt": "Hi.", "n": 2},
+    "/v1/responses": {"input": "Hi."},
+}
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "The grass is green."}], "max_tokens": 3, "temperature": 0}
 
 
@@ -152,6 +158,36 @@ def test_spaces_then_one_json_value(fails: bool) -> None:
 @pytest.fixture(scope="module")
 def engine(tiny_folder: Path) -> Engine:
     return LLM(tiny_folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=1024).engine
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])  # how Starlette learns that a client left: from receive, or from send
+@pytest.mark.parametrize(("path", "body"), STREAMED.items(), ids=["chat", "completions", "responses"])
+def test_a_stream_that_never_began_cancels_its_requests(engine: Engine, path: str, body: dict[str, Any], spec_version: str) -> None:
+    """The client leaves between the submission and the first byte: no generator has run that could notice."""
+    app = create_app(lambda: engine, model_name="tiny")
+    served = app.state.zen_turbo
+    served.start()
+    wait_until(lambda: served.ready)
+    content, sent = [json.dumps({**body, "stream": True}).encode()], []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": content.pop()} if content else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        raise OSError
+
+    scope = {"type": "http", "asgi": {"spec_version": spec_version}, "method": "POST", "path": path, "query_string": b"", "headers": []}
+    try:
+        with Held(engine):
+            with contextlib.suppress(OSError):
+                asyncio.run(app(scope, receive, send))
+            assert [message["type"] for message in sent] == ["http.response.start"] and sent[0]["status"] == 200
+            requests = list(engine._known.values())
+            assert len(requests) == body.get("n", 1) and all(request.aborted.is_set() for request in requests)
+        wait_until(lambda: not engine.has_work())
+    finally:
+        served.close()
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["padded", "silent"])

@@ -47,6 +47,8 @@ COLUMNS = ("case", "vs_offline", "ttft_p95_s", "long_slowdown", "clients", "requ
 _MIB = 2**20
 _READY_S = 600.0
 _HANGING_S = 3600.0  # a request that says nothing for so long is lost
+OVERHEAD_ROUNDS = 5  # after one that warms up
+SETTLE_S = 2.0  # from the last answer under load until memory is looked at
 
 Message = list[dict[str, str]]
 
@@ -231,10 +233,8 @@ def run(
     return experiment.finish(rows, columns=COLUMNS, note="Ratios are over the same work in the same run.")
 
 
-def _overhead(
-    experiment: Experiment, engine: Engine, model: str, config: EngineConfig, prompts: Prompts, *, parallel: int = 8, rounds: int = 5
-) -> Row:
-    prompt_tokens, answer_tokens = 500, 64
+def _overhead(experiment: Experiment, engine: Engine, model: str, config: EngineConfig, prompts: Prompts) -> Row:
+    parallel, prompt_tokens, answer_tokens, rounds = 8, 500, 64, OVERHEAD_ROUNDS
     greedy = SamplingParams(temperature=0.0, max_tokens=answer_tokens, ignore_eos=True)
     offline: list[float] = []
     served: list[float] = []
@@ -351,7 +351,7 @@ def _load(
         seconds = time.perf_counter() - began
         # Whoever left is forgotten by now if a request that follows is served.
         _finished(server.ask(prompts.next(shortest), max_tokens=1))
-        time.sleep(2)
+        time.sleep(SETTLE_S)
         ended = server.rss_bytes
     outcomes: dict[str, int] = defaultdict(int)
     same: dict[int, set[str]] = defaultdict(set)

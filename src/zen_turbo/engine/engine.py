@@ -189,7 +189,7 @@ class Engine:
         have = self.pool.num_slots * self.geometry.slot_bytes
         if wanted is None:
             # As many as fit: the model's limit or the pool's, whichever comes first; finish_reason says "length".
-            wanted = min(room, max(1, self.pool.num_slots * 64 - len(tokens)))
+            wanted = min(room, max(1, self.pool.num_slots * PAGE_TOKENS - len(tokens)))
         need = self.geometry.bytes_for(len(tokens) + wanted)
         if need > have:
             raise InsufficientMemoryError(f"A request of {len(tokens)} + {wanted} tokens", need_bytes=need, have_bytes=have)

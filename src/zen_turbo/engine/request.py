@@ -10,8 +10,8 @@ from typing import NamedTuple
 from zen_turbo.errors import InvalidRequestError, UnsupportedParameterError
 
 MAX_LOGPROBS = 20
-# Each token's text is compared with every beginning of every stop string.
-MAX_STOPS, MAX_STOP_CHARACTERS = 64, 256
+# Each token's text is compared with every beginning of every stop string, and each token with every stop token.
+MAX_STOPS, MAX_STOP_CHARACTERS, MAX_STOP_TOKENS = 64, 256, 1024
 # (prompt tokens) x (1 + alternatives): half a million positions with one alternative each, some 16 MB here and 60 MB as JSON.
 MAX_PROMPT_LOGPROBS = 1 << 20
 
@@ -54,12 +54,15 @@ class SamplingParams:
         _check(self.top_k >= 0, "top_k", "0 (no limit) or positive", self.top_k)
         _check(0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
         _check(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "0 (only read the prompt) or positive", self.max_tokens)
-        _check(all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in self.stop), "stop", f"of 1 to {MAX_STOP_CHARACTERS} characters", self.stop)
         _check(len(self.stop) <= MAX_STOPS, "stop", f"at most {MAX_STOPS} strings", len(self.stop))
+        for stop in self.stop:
+            _check(0 < len(stop) <= MAX_STOP_CHARACTERS, "stop", f"strings of 1 to {MAX_STOP_CHARACTERS} characters", len(stop))
+        _check(len(self.stop_token_ids) <= MAX_STOP_TOKENS, "stop_token_ids", f"at most {MAX_STOP_TOKENS} tokens", len(self.stop_token_ids))
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
         for name in ("presence_penalty", "frequency_penalty"):
             _check(-2 <= getattr(self, name) <= 2, name, "between -2 and 2", getattr(self, name))
-        _check(0 < self.repetition_penalty <= 10, "repetition_penalty", "in (0, 10]", self.repetition_penalty)
+        # Logits are divided by it: a smaller one makes them infinite sooner or later.
+        _check(0.01 <= self.repetition_penalty <= 10, "repetition_penalty", "between 0.01 and 10", self.repetition_penalty)
         for token, bias in self.logit_bias.items():
             _check(token >= 0 and -100 <= bias <= 100, "logit_bias", "token ids with values between -100 and 100", {token: bias})
         longest = math.inf if self.max_tokens is None else self.max_tokens

@@ -86,7 +86,8 @@ class Sampler:
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The distribution that is sampled from, float64 [vocab_size]; temperature must not be 0."""
         params = self.params
-        probabilities = torch.softmax(logits.double() / params.temperature, dim=-1)
+        # The largest becomes 0 first, so that no temperature, however small, makes it infinite.
+        probabilities = torch.softmax((logits.double() - logits.max()) / params.temperature, dim=-1)
         if params.min_p > 0:
             probabilities = torch.where(probabilities >= params.min_p * probabilities.max(), probabilities, 0.0)
         if params.top_k or params.top_p < 1:

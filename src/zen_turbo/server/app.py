@@ -45,7 +45,8 @@ def create_app(
 ) -> FastAPI:
     """``load`` runs in a thread when the application starts; ``on_failure`` is called in it if it raises, and ``app.state.zen_turbo.failure``
     then holds the exception. ``default_max_tokens``: longest answer of a request that names no limit. ``settings``: keys and limits.
-    ``files_dir``: where uploaded files stay, None for a temporary folder; raises ConfigurationError if it cannot be used."""
+    ``files_dir``: where uploaded files stay, None for a temporary folder; raises ConfigurationError if it cannot be used. ``max_upload_bytes``:
+    of one file; ``files_quota_bytes``: of all files and their text."""
     operations = Operations(settings or ServerSettings(), model_name)
     store = FileStore(files_dir, quota_bytes=files_quota_bytes)
     served = ServedModel(load, model_name, on_failure, operations, keep_alive_s=keep_alive_s, default_max_tokens=default_max_tokens)
@@ -109,10 +110,7 @@ def create_app(
         return {"prompt": engine.tokenizer.decode(asked.tokens)}
 
     def count_input(body: bytes) -> dict[str, Any]:
-        asked = parse_generation(ChatRequest, body)
-        served.check_model(asked.model)
-        tools = {"tools": asked.tools} if asked.tools else {}
-        return {"input_tokens": len(served.engine.chat_template.encode(files.expand(asked.messages), **asked.template_options(), **tools))}
+        return {"input_tokens": len(chat.prompt_of(served, parse_generation(ChatRequest, body), files.expand).token_ids)}
 
     def about_text(path: str, work: Callable[[bytes], dict[str, Any]]) -> None:
         """A route that computes on text alone, in a worker thread: a million tokens take seconds."""

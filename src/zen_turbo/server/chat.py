@@ -19,7 +19,7 @@ from zen_turbo.server.answering import DONE, named, sse
 from zen_turbo.server.errors import error_body
 from zen_turbo.server.schemas import ChatRequest, parse_generation
 from zen_turbo.server.served import ServedModel
-from zen_turbo.server.structured import functions_of, grammar, response_format_rule, tool_use
+from zen_turbo.server.structured import ToolUse, functions_of, grammar, response_format_rule, tool_use
 from zen_turbo.text.answer import AnswerForm, AnswerReader, Thinking, Thought, thinking_at_end_of
 from zen_turbo.text.tokenizer import Tokenizer
 from zen_turbo.text.tools import CLOSE, CallArguments, CallStart, Piece, ToolForm
@@ -60,26 +60,40 @@ def install(app: FastAPI, served: ServedModel, expand: Expand) -> None:
     answering.post(app, "/v1/chat/completions", answer)
 
 
+class Prompt(NamedTuple):
+    """A body's messages with the text of their files, their tokens, and the tools that may be called."""
+
+    messages: list[Any]
+    token_ids: list[int]
+    use: ToolUse
+
+
 class Admitted(NamedTuple):
     chat: ChatRequest
     form: AnswerForm
     streams: list[RequestStream]
 
 
-def admit(served: ServedModel, chat: ChatRequest, request_id: str, expand: Expand) -> Admitted:
-    """Everything that can be refused is refused here. Submits ``chat.n`` requests."""
-    engine, template = served.engine, served.engine.chat_template
+def prompt_of(served: ServedModel, chat: ChatRequest, expand: Expand) -> Prompt:
+    """What the model is given. Raises ModelNotFoundError, InvalidRequestError, UnsupportedParameterError and what ``expand`` raises."""
+    template = served.engine.chat_template
     served.check_model(chat.model)
     use = tool_use(functions_of(chat.tools or ()), chat.tool_choice)
     if chat.tools and not template.takes_tools:
         raise UnsupportedParameterError("This model's chat template knows no tools.", param="tools")
     if use.functions and template.tool_form is None:
         raise UnsupportedParameterError("How this model writes tool calls is not known here.", param="tools")
-    options = chat.template_options()
     # Also with tool_choice none: the prompt, and with it its cached pages, must not depend on the choice.
     tools = {"tools": chat.tools} if chat.tools else {}
     messages = expand(chat.messages)
-    prompt = template.encode(messages, **options, **tools)
+    return Prompt(messages, template.encode(messages, **chat.template_options(), **tools), use)
+
+
+def admit(served: ServedModel, chat: ChatRequest, request_id: str, expand: Expand) -> Admitted:
+    """Everything that can be refused is refused here. Submits ``chat.n`` requests."""
+    engine, template = served.engine, served.engine.chat_template
+    served.check_answers(chat.n or 1, param="n")
+    messages, prompt, use = prompt_of(served, chat, expand)
     thinking = Thinking.NONE
     if template.thinks:
         end = engine.tokenizer.decode(prompt[-_PROMPT_END_TOKENS:], skip_special_tokens=False)

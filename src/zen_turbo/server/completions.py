@@ -27,7 +27,6 @@ from zen_turbo.text.answer import Thinking
 from zen_turbo.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's for this route
-MAX_ANSWERS = 1024  # prompts x choices of one body
 
 
 class CompletionRequest(GenerationRequest):
@@ -84,10 +83,7 @@ def install(app: FastAPI, served: ServedModel) -> None:
         asked = parse_generation(CompletionRequest, body)
         served.check_model(asked.model)
         given, n = asked.prompts, asked.n or 1
-        if not given or len(given) * n > MAX_ANSWERS:
-            raise InvalidRequestError(
-                f"One request may ask for 1 to {MAX_ANSWERS} answers, not {len(given)} prompts with {n} choices each.", param="prompt"
-            )
+        served.check_answers(len(given) * n, param="prompt")
         if asked.stream and asked.echo and asked.logprobs is not None:
             raise UnsupportedParameterError("echo with logprobs is not supported in a stream.", param="echo")
         prompts = [

@@ -36,6 +36,7 @@ class Exchange:
     error: Exception | None = None
     outputs: list[RequestOutput] = field(default_factory=list)
     accepted: int = 0  # requests that the engine took
+    refused: bool = False  # the engine did not take one; what it took of the same body is cancelled
     duration_s: float = 0.0
     _began: float = field(default_factory=time.monotonic)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -58,6 +59,7 @@ class Exchange:
     def engine_refused(self) -> None:
         with self._lock:
             self.accepted -= 1
+            self.refused = True
         self._close_one()
 
     def response_ended(self) -> None:

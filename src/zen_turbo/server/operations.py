@@ -16,7 +16,7 @@ from zen_turbo.kv.store import segments_of
 from zen_turbo.server.access import Access
 from zen_turbo.server.exchange import Exchange, current
 from zen_turbo.server.metrics import CONTENT_TYPE, EngineStats, Meter, Metrics
-from zen_turbo.server.security import BodyLimit, Door, KeyGuard, OriginGuard
+from zen_turbo.server.security import OPEN_PATHS, BodyLimit, Door, KeyGuard, OriginGuard
 from zen_turbo.server.settings import ServerSettings
 from zen_turbo.server.shutdown import Drain
 
@@ -73,7 +73,9 @@ class Operations:
 
     def _count(self, exchange: Exchange) -> None:
         error = exchange.error
-        if exchange.accepted:  # it failed later, and is counted by its meter
+        if exchange.path in OPEN_PATHS:  # monitors ask for no work
+            return
+        if exchange.accepted and not exchange.refused:  # it failed later, and is counted by its meter
             return
         if isinstance(error, RateLimitExceededError):
             self.metrics.rejected(error.details["reason"])

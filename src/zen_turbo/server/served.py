@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.service import EngineService
-from zen_turbo.errors import ModelNotFoundError, ShuttingDownError
+from zen_turbo.errors import InvalidRequestError, ModelNotFoundError, ShuttingDownError
 from zen_turbo.server.errors import LoadingError
 from zen_turbo.server.operations import Operations
 
@@ -33,11 +33,11 @@ class ServedModel:
         self.name = name
         self.created = int(time.time())
         self.failure: Exception | None = None
+        self.operations = operations
         self.keep_alive_s = keep_alive_s
         self.default_max_tokens = default_max_tokens
         self._load = load
         self._on_failure = on_failure
-        self.operations = operations
         self._service: EngineService | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -84,3 +84,9 @@ class ServedModel:
         """Raises ModelNotFoundError for any other name; None is a client that names no model."""
         if name is not None and name != self.name:
             raise ModelNotFoundError(f"The model {name!r} is not served here; {self.name!r} is.", param="model")
+
+    def check_answers(self, count: int, *, param: str) -> None:
+        """Raises InvalidRequestError if one body asks for more answers than may wait, since no later moment would be better for it."""
+        most = self.operations.settings.max_queue
+        if not 1 <= count <= most:
+            raise InvalidRequestError(f"One request may ask for 1 to {most} answers, as many as may wait, not for {count}.", param=param)

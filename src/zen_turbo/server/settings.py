@@ -16,7 +16,8 @@ class ServerSettings:
     keys: who may send; empty is everyone. max_requests_per_key: most requests of one key at a time; None is no limit. max_queue: most requests
     that wait before their prompt is begun. body_limits: (path prefix, most bytes) for routes that take more or less than ``max_body_bytes``; the
     longest prefix that fits counts. allow_origins: web pages of other origins that may use the server. loopback: it listens on this machine
-    alone, so names in Host headers that are not this machine's are somebody's trick.
+    alone, so names in Host headers that are not this machine's are somebody's trick. drain_s: how long running answers may go on once the server is
+    told to end. pad_slow_answers: see ``slow_answers``.
     """
 
     keys: KeyRing = KeyRing()  # noqa: RUF009  (immutable)
