@@ -68,7 +68,7 @@ const Choice* choices(int* count) {
 #if defined(__x86_64__)
   static const uint64_t avx2 = bit(AVX2) | bit(FMA);
   static const uint64_t avx512 = avx2 | bit(AVX512F) | bit(AVX512BW) | bit(AVX512DQ) | bit(AVX512VL);
-  static const Choice list[] = {{&zt_avx512_bf16_kernels, avx512 | bit(AVX512_BF16)},
+  static const Choice list[] = {{&zt_avx512_bf16_kernels, avx512 | bit(AVX512_BF16) | bit(AVX512_VNNI)},
                                 {&zt_avx512_kernels, avx512},
                                 {&zt_avx2_kernels, avx2},
                                 {&zt_scalar_kernels, 0}};
@@ -152,6 +152,12 @@ int zt_norm(const zt_norm_args* a) {
 
 int zt_silu(const zt_silu_args* a) {
   return a && a->gate_up && a->out && a->rows > 0 && a->width > 0 && a->num_threads > 0 ? selected()->silu(a) : ZT_BAD_ARGUMENT;
+}
+
+int zt_linear(const zt_linear_args* a) {
+  const bool ok = a && a->x && a->weights && a->weight_scales && a->out && a->rows > 0 && a->inputs > 0 && a->outputs > 0 && a->groups > 0 &&
+                  a->groups * 4 <= a->inputs && (a->dtype == ZT_BF16 || a->dtype == ZT_F32) && a->num_threads > 0;
+  return ok ? selected()->linear(a) : ZT_BAD_ARGUMENT;
 }
 
 int zt_select_pages(const zt_select_args* a) {

@@ -143,9 +143,11 @@ struct Bf16Dot {
 
 }  // namespace
 
+#include "int8_generic.h"
 #include "quantise.inl"
 #include "attend.inl"
 #include "elementwise.inl"
 #include "select.inl"
+#include "linear.inl"
 
-extern "C" const zt_kernels zt_avx2_kernels = {"avx2", attend, decode, store_pages, norm, silu, select_pages};
+extern "C" const zt_kernels zt_avx2_kernels = {"avx2", attend, decode, store_pages, norm, silu, select_pages, linear};

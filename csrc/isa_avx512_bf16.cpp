@@ -26,11 +26,32 @@ struct Bf16Dot {
   static inline vec exp2(vec x) { return exp2_fast(x); }
 };
 
+// Integer vocabulary of linear.inl: VPDPBUSD adds four products of unsigned and signed bytes per lane.
+typedef __m512i ivec;
+static inline ivec izero() { return _mm512_setzero_si512(); }
+static inline ivec iset1(int32_t x) { return _mm512_set1_epi32(x); }
+static inline ivec isub(ivec a, ivec b) { return _mm512_sub_epi32(a, b); }
+typedef __m512i quads;  // four bytes for each lane
+static inline quads load_quads(const uint8_t* p) { return _mm512_loadu_si512(p); }
+static inline quads broadcast_quad(const int8_t* p) {
+  int32_t quad;
+  __builtin_memcpy(&quad, p, 4);
+  return _mm512_set1_epi32(quad);
+}
+// Not the intrinsic: GCC 12 copies every accumulator before it, and then has too few registers for 24 of them.
+static inline ivec dot4(ivec acc, quads w, quads x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
+}
+static inline vec to_float(ivec v) { return _mm512_cvtepi32_ps(v); }
+static inline void store_i8(int8_t* p, vec v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))); }
+
 }  // namespace
 
 #include "quantise.inl"
 #include "attend.inl"
 #include "elementwise.inl"
 #include "select.inl"
+#include "linear.inl"
 
-extern "C" const zt_kernels zt_avx512_bf16_kernels = {"avx512_bf16", attend, decode, store_pages, norm, silu, select_pages};
+extern "C" const zt_kernels zt_avx512_bf16_kernels = {"avx512_bf16", attend, decode, store_pages, norm, silu, select_pages, linear};

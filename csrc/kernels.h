@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #define ZT_PAGE 64
-#define ZT_ABI_VERSION 6
+#define ZT_ABI_VERSION 7
 
 enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1, ZT_INT8 = 2 /* pages only */ };
 enum zt_status { ZT_OK = 0, ZT_BAD_ARGUMENT = 1, ZT_NO_MEMORY = 2 };
@@ -133,6 +133,18 @@ typedef struct {
   int32_t dtype, num_threads;
 } zt_silu_args;
 
+/* out[r][o] = x[r] . W[o] + bias[o] on 8-bit integers (linear.inl). x [rows][inputs] and out [rows][outputs] of `dtype`, contiguous. weights
+ * [panels of 64 outputs][padded inputs / 4][64][4], scales and bias f32 [panels * 64]; inputs are padded to a multiple of 4 * groups. */
+typedef struct {
+  const void* x;
+  const void* weights;
+  const float* weight_scales;
+  const float* bias; /* or null */
+  void* out;
+  int64_t rows, inputs, outputs, groups;
+  int32_t dtype, num_threads;
+} zt_linear_args;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -145,6 +157,7 @@ typedef struct {
   int (*norm)(const zt_norm_args*);
   int (*silu)(const zt_silu_args*);
   int (*select)(const zt_select_args*);
+  int (*linear)(const zt_linear_args*);
 } zt_kernels;
 
 extern const zt_kernels zt_scalar_kernels;
@@ -165,6 +178,7 @@ int zt_store(const zt_store_args*);
 int zt_norm(const zt_norm_args*);
 int zt_silu(const zt_silu_args*);
 int zt_select_pages(const zt_select_args*);
+int zt_linear(const zt_linear_args*);
 int zt_list_pages(const zt_list_args*);
 #ifdef __cplusplus
 }

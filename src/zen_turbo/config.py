@@ -15,6 +15,7 @@ from zen_turbo.errors import ConfigurationError
 ATTENTION_POLICIES = ("dense", "adaptive", "minference", "flexprefill", "xattention", "tri_shape")
 DECODE_POLICIES = ("auto", "dense", "sparse", "snapkv")
 KV_DTYPES = ("auto", "int8")
+LINEAR_DTYPES = ("auto", "int8")
 PRESETS = ("turbo", "balanced", "faithful")
 DTYPES = ("bfloat16", "float32")
 CONTEXT_EXTENSIONS = ("dca", "none")
@@ -60,6 +61,11 @@ class EngineConfig:
     prefill_chunk_tokens: int = _knob(2048, "Prefill scheduling unit in tokens, on a fixed grid of absolute positions; a multiple of 64.")
     dtype: str = _knob("bfloat16", "Type of weights, activations and KV pages.", choices=DTYPES)
     kv_dtype: str = _knob("auto", "Type of the KV pages: auto (as dtype) or int8, half the memory of bfloat16.", choices=KV_DTYPES)
+    linear_dtype: str = _knob(
+        "auto",
+        "Arithmetic of the layers' linear layers: auto (as dtype) or int8 (weights and activations; fast with AVX-512 VNNI, slow without).",
+        choices=LINEAR_DTYPES,
+    )
     kv_cache_bytes: int | None = _knob(None, "Most memory the KV pages may take, in bytes. Default: 85 % of the memory free after loading.")
     store: str | None = _knob(
         None,

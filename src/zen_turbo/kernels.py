@@ -27,10 +27,11 @@ from zen_turbo.errors import KernelError
 ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _INT8 = 2
 _NUM_VARIANTS = 3
+_PANEL_OUTPUTS = 64  # outputs of an 8-bit linear layer that lie together
 _TILE_PAGES = 16  # pages whose means lie together, as 16 keys of a page do
 
 _pointer = ctypes.c_void_p
@@ -135,6 +136,22 @@ class _SelectArgs(ctypes.Structure):
         ("dtype", _int32),
         ("scale", _float),
         ("per_kv_head", _int32),
+        ("num_threads", _int32),
+    )
+
+
+class _LinearArgs(ctypes.Structure):
+    _fields_ = (
+        ("x", _pointer),
+        ("weights", _pointer),
+        ("weight_scales", _pointer),
+        ("bias", _pointer),
+        ("out", _pointer),
+        ("rows", _int64),
+        ("inputs", _int64),
+        ("outputs", _int64),
+        ("groups", _int64),
+        ("dtype", _int32),
         ("num_threads", _int32),
     )
 
@@ -273,7 +290,7 @@ def _library() -> ctypes.CDLL:
     library.zt_select.argtypes = library.zt_supports.argtypes = [ctypes.c_char_p]
     library.zt_selected.restype = library.zt_feature_name.restype = ctypes.c_char_p
     library.zt_cpu_features.restype = ctypes.c_uint64
-    for name in ("zt_attend", "zt_decode", "zt_store", "zt_norm", "zt_silu", "zt_select_pages", "zt_list_pages"):
+    for name in ("zt_attend", "zt_decode", "zt_store", "zt_norm", "zt_silu", "zt_select_pages", "zt_list_pages", "zt_linear"):
         getattr(library, name).argtypes = [ctypes.c_void_p]
     forced = os.environ.get(ISA_ENVIRONMENT)
     if forced:
@@ -732,3 +749,59 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor, *, num_threads: int | Non
         "zt_silu",
         _SiluArgs(gate_up.data_ptr(), out.data_ptr(), rows, width, _DTYPES[out.dtype], num_threads or torch.get_num_threads()),
     )
+
+
+class PackedWeights(NamedTuple):
+    """A weight [outputs, inputs] on 8-bit integers, as ``csrc/linear.inl`` reads it.
+
+    codes: uint8 [panels, padded_inputs / 4, 64, 4]; scales: float32 [panels * 64], one per output; groups: equal parts of the inputs with a scale of
+    their own in every row of activations.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    inputs: int
+    outputs: int
+    groups: int
+
+
+def pack_weights(weight: torch.Tensor, *, most_group_inputs: int = 1024) -> PackedWeights:
+    """Quantise a weight, bf16 or f32 [outputs, inputs]: one scale per output, codes to nearest. Groups are as few as give at most
+    ``most_group_inputs`` inputs each."""
+    outputs, inputs = weight.shape
+    fewest = -(-inputs // most_group_inputs)
+    groups = next((count for count in range(fewest, 2 * fewest + 1) if inputs % (4 * count) == 0), fewest)  # equal parts without padding, if any
+    padded, panels = -(-inputs // (4 * groups)) * 4 * groups, -(-outputs // _PANEL_OUTPUTS)
+    largest = weight.float().abs().amax(dim=1)
+    scales = torch.zeros(panels * _PANEL_OUTPUTS)
+    scales[:outputs] = largest / 127
+    codes = torch.full((panels * _PANEL_OUTPUTS, padded), 128, dtype=torch.uint8)
+    inverse = torch.where(largest > 0, 127 / largest, torch.zeros(()))
+    codes[:outputs, :inputs] = ((weight.float() * inverse[:, None]).round() + 128).to(torch.uint8)
+    tiles = codes.view(panels, _PANEL_OUTPUTS, padded // 4, 4).transpose(1, 2).contiguous()
+    return PackedWeights(tiles, scales, inputs, outputs, groups)
+
+
+def linear_int8(
+    x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: torch.Tensor | None = None, num_threads: int | None = None
+) -> None:
+    """out = x W^T + bias on 8-bit integers. x: bf16 or f32 [rows, inputs], quantised here per row and group; out: [rows, outputs] of the same
+    dtype; contiguous. bias: float32, padded to whole panels as the scales are. A row's result depends on that row alone, to the bit."""
+    rows = x.shape[0]
+    _need(x.shape == (rows, weights.inputs) and x.dtype in _DTYPES and x.is_contiguous(), f"x must be contiguous [rows, {weights.inputs}]")
+    _need(out.shape == (rows, weights.outputs) and out.dtype == x.dtype and out.is_contiguous(), f"out must be {x.dtype} [{rows}, {weights.outputs}]")
+    _need(bias is None or (bias.dtype == torch.float32 and bias.shape == weights.scales.shape), "bias must be float32, padded like the scales")
+    args = _LinearArgs(
+        x.data_ptr(),
+        weights.codes.data_ptr(),
+        weights.scales.data_ptr(),
+        bias.data_ptr() if bias is not None else None,
+        out.data_ptr(),
+        rows,
+        weights.inputs,
+        weights.outputs,
+        weights.groups,
+        _DTYPES[x.dtype],
+        num_threads or torch.get_num_threads(),
+    )
+    _call("zt_linear", args)

@@ -32,7 +32,7 @@ from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.errors import UnsupportedModelError
 from zen_turbo.kernels import PageView
 from zen_turbo.models.config import ModelConfig
-from zen_turbo.models.linear import TILE_ROWS, Linear
+from zen_turbo.models.linear import LINEARS, TILE_ROWS, Linear
 from zen_turbo.models.loader import Checkpoint
 
 # Rows of logits that are looked at together: 40 MB with a vocabulary of 150,000.
@@ -120,7 +120,7 @@ class Decoder:
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", self.dtype)  # [V, H]
         self._layers = []
         for index in range(config.num_hidden_layers):
-            self._layers.append(_load_layer(checkpoint, index, self.dtype))
+            self._layers.append(_load_layer(checkpoint, index, self.dtype, LINEARS[engine_config.linear_dtype]))
             if on_layer:
                 on_layer(index + 1, config.num_hidden_layers)
         self._norm = checkpoint.tensor("model.norm.weight", torch.float32)
@@ -332,14 +332,14 @@ def _tiles(rows: int, size: int = TILE_ROWS) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> _Layer:
+def _load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype, kind: type[Linear]) -> _Layer:
     config = checkpoint.config
     prefix = f"model.layers.{index}."
 
     def fused(names: tuple[str, ...], bias: bool) -> Linear:
         weights = [checkpoint.tensor(f"{prefix}{name}.weight", dtype) for name in names]
         biases = [checkpoint.tensor(f"{prefix}{name}.bias", dtype) for name in names] if bias else None
-        return Linear(torch.cat(weights), torch.cat(biases) if biases else None)
+        return kind(torch.cat(weights), torch.cat(biases) if biases else None)
 
     def norm(name: str) -> torch.Tensor:
         return checkpoint.tensor(f"{prefix}{name}.weight", torch.float32)

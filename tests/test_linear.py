@@ -1,0 +1,99 @@
+"""8-bit linear layers against exact arithmetic on the same codes, under every instruction set of this CPU, and a model that uses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from zen_turbo import LLM, kernels
+from zen_turbo.engine.request import SamplingParams
+from zen_turbo.errors import ConfigurationError
+from zen_turbo.models.linear import Int8Linear, Linear
+
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def exact(x: torch.Tensor, weights: kernels.PackedWeights, bias: torch.Tensor | None) -> torch.Tensor:
+    """float64: x quantised as the kernel says it, times the weight that the codes stand for."""
+    panels, quads, width, _ = weights.codes.shape
+    codes = weights.codes.transpose(1, 2).reshape(panels * width, quads * 4)[: weights.outputs].double() - 128
+    padded = torch.zeros(len(x), quads * 4)
+    padded[:, : weights.inputs] = x.float()
+    parts = padded.view(len(x), weights.groups, -1)
+    largest = parts.abs().amax(dim=2, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, torch.zeros(()))
+    quantised = ((parts * inverse).round().double() * (largest / 127).double()).view(len(x), -1)
+    y = quantised @ codes.T * weights.scales[: weights.outputs].double()
+    return y if bias is None else y + bias[: weights.outputs].double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f32"])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "groups", "bias"),
+    [(1, 64, 64, 1, False), (2, 896, 1152, 1, True), (7, 4864, 130, 8, False), (200, 100, 65, 1, True), (5, 2050, 16, 3, True), (13, 4, 3, 1, False)],
+)
+def test_products_are_exact_on_the_codes(isa: str, dtype: torch.dtype, rows: int, inputs: int, outputs: int, groups: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    x[:, 0] *= 50
+    x[rows // 2] = 0
+    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+    weight[0] = 0
+    weights = kernels.pack_weights(weight)
+    assert weights.groups == groups
+    offset = torch.zeros_like(weights.scales)
+    offset[:outputs] = torch.randn(outputs, generator=generator)
+    out = torch.full((rows, outputs), float("nan"), dtype=dtype)
+    kernels.linear_int8(x, weights, out, bias=offset if bias else None)
+    expected = exact(x, weights, offset if bias else None)
+    rtol, atol = (1e-2, 1e-3 * inputs**0.5) if dtype == torch.bfloat16 else (1e-5, 1e-4)
+    torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
+    again = torch.empty_like(out)
+    kernels.linear_int8(x, weights, again, bias=offset if bias else None, num_threads=1)
+    assert torch.equal(out, again)
+    for row in range(0, rows, max(1, rows // 3)):
+        alone = torch.empty_like(out[:1])
+        kernels.linear_int8(x[row : row + 1].contiguous(), weights, alone, bias=offset if bias else None)
+        assert torch.equal(alone[0], out[row]), "a row depends on itself alone"
+
+
+def test_they_come_near_the_layer_that_they_replace() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(300, 896, generator=generator) * 0.02, torch.randn(300, generator=generator)
+    x = torch.randn(40, 896, generator=generator)
+    fine, coarse = Linear(weight, bias), Int8Linear(weight, bias)
+    assert (coarse.out_features, coarse.in_features, coarse.has_bias, coarse.flops_per_row) == (300, 896, True, fine.flops_per_row)
+    error = (coarse(x) - fine(x)).norm() / (fine(x) - bias).norm()
+    assert error < 0.02
+
+
+def test_a_model_on_8_bit_integers_says_almost_the_same(tiny_folder: Path) -> None:
+    prompt = tiny.tokens(300)
+    fine, coarse = (tiny.logits(tiny_folder, prompt, rows=50, linear_dtype=kind) for kind in ("auto", "int8"))
+    assert not torch.equal(fine, coarse)
+    assert float((fine - coarse).norm() / fine.norm()) < 0.05
+    knobs = {"prefill_chunk_tokens": 128, "kv_cache_bytes": 16 << 20, "max_model_len": 2048, "linear_dtype": "int8"}
+    llm = LLM(tiny_folder, **knobs)
+    greedy = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    first, again = (llm.generate(prompt, greedy) for _ in range(2))
+    assert first.token_ids == again.token_ids and again.cached_tokens == 256
+    with pytest.raises(ConfigurationError, match="linear_dtype"):
+        LLM(tiny_folder, linear_dtype="int4")
+
+
+def test_wrong_arguments_are_refused() -> None:
+    weights = kernels.pack_weights(torch.randn(10, 20))
+    x, out = torch.randn(3, 20), torch.empty(3, 10)
+    for wrong in (
+        {"x": torch.randn(3, 19)},
+        {"out": torch.empty(3, 11)},
+        {"out": torch.empty(3, 10, dtype=torch.bfloat16)},
+        {"bias": torch.zeros(10)},
+        {"x": torch.randn(20, 3).T},
+    ):
+        values = {"x": x, "out": out, "bias": None, **wrong}
+        with pytest.raises(ValueError):
+            kernels.linear_int8(values["x"], weights, values["out"], bias=values["bias"])
