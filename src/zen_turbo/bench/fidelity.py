@@ -1,4 +1,4 @@
-"""``zen-turbo bench fidelity``: what a sparse policy, int8 pages or both change, against dense attention over unquantised pages.
+"""``zen-turbo bench fidelity``: what a sparse policy, int8 pages and int8 linear layers change, against dense attention with nothing quantised.
 
 A real text is cut to N tokens and read twice, that way and with the engine's settings, and the next-token distributions of its last
 ``NUM_ROWS`` positions are compared. These rows are sparse too (in an answer the prompt's end would be dense), so the figures show the settings
@@ -15,7 +15,6 @@ measurement of the same model, text, length and settings.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -34,8 +33,6 @@ from zen_turbo.bench.text import fingerprint, read_tokens
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.engine import Engine
 from zen_turbo.errors import ConfigurationError
-from zen_turbo.kv.geometry import pages_for
-from zen_turbo.kv.pool import PagePool
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.llm import LLM
 
@@ -48,6 +45,7 @@ COLUMNS = (
     "attention",
     "preset",
     "kv_dtype",
+    "linear_dtype",
     "density",
     "recall_mean",
     "recall_p5",
@@ -79,11 +77,10 @@ def compare(dense: torch.Tensor, sparse: torch.Tensor) -> Difference:
 
 
 def last_logits(
-    engine: Engine, tokens: Sequence[int], *, num_rows: int = NUM_ROWS, fidelity: Fidelity | None = None, pool: PagePool | None = None
+    engine: Engine, tokens: Sequence[int], *, num_rows: int = NUM_ROWS, fidelity: Fidelity | None = None
 ) -> torch.Tensor:
-    """Logits of the last ``num_rows`` positions, float32 [num_rows, V], read on the engine's grid of chunks; pages come from the engine's
-    pool unless another is given."""
-    cache, length = SequenceCache(pool or engine.pool), len(tokens)
+    """Logits of the last ``num_rows`` positions, float32 [num_rows, V], read on the engine's grid of chunks."""
+    cache, length = SequenceCache(engine.pool), len(tokens)
     parts = []
     try:
         cache.reserve(length)
@@ -97,30 +94,24 @@ def last_logits(
     return torch.cat(parts)
 
 
-def dense_logits(engine: Engine, tokens: Sequence[int], keep: Path | None) -> torch.Tensor:
-    """``last_logits`` of dense attention over unquantised pages, from ``keep`` if they are there."""
-    if keep is None:
-        return _dense_logits(engine, tokens)
+def dense_logits(engine: Engine, model: str, tokens: Sequence[int], keep: Path | None) -> torch.Tensor:
+    """``last_logits`` of dense attention with nothing quantised and the engine's other settings, from ``keep`` if they are there."""
     settings = engine.config.to_dict()
     facts = [engine.model_fingerprint, fingerprint(tokens), len(tokens), NUM_ROWS, {name: settings[name] for name in _DENSE_KNOBS}]
-    path = keep / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.pt"
-    if path.exists():
+    path = None if keep is None else keep / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.pt"
+    if path is not None and path.exists():
         return torch.load(path, weights_only=True)
-    logits = _dense_logits(engine, tokens)
-    keep.mkdir(parents=True, exist_ok=True)
-    torch.save(logits, path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
-    return logits
-
-
-def _dense_logits(engine: Engine, tokens: Sequence[int]) -> torch.Tensor:
-    if not engine.geometry.int8:
-        return last_logits(engine, tokens)
-    pool = PagePool(dataclasses.replace(engine.geometry, int8=False, summaries=False), pages_for(len(tokens)))
+    plain = {"attention": "dense", "kv_dtype": "auto", "linear_dtype": "auto", "decode_attention": "dense", "store": None}
+    reference = LLM(model, config=EngineConfig.from_dict({**settings, **plain})).engine
     try:
-        return last_logits(engine, tokens, pool=pool)
+        logits = last_logits(reference, tokens)
     finally:
-        pool.close()
+        reference.close()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(logits, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+    return logits
 
 
 def run(
@@ -132,11 +123,12 @@ def run(
     keep_dense: Path | None = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure every length and text, print the report, return the record. Raises ConfigurationError for dense attention over unquantised
-    pages (there is nothing to compare) and for lengths without enough rows, what fetching texts raises, and the engine's own errors."""
-    if config.attention == "dense" and config.kv_dtype == "auto":
+    """Measure every length and text, print the report, return the record. Raises ConfigurationError for dense attention with nothing
+    quantised (there is nothing to compare) and for lengths without enough rows, what fetching texts raises, and the engine's own errors."""
+    if (config.attention, config.kv_dtype, config.linear_dtype) == ("dense", "auto", "auto"):
         raise ConfigurationError(
-            "bench fidelity compares with dense attention over unquantised pages; say what with --attention or --kv-dtype.", param="attention"
+            "bench fidelity compares with dense attention and nothing quantised; say what with --attention, --kv-dtype or --linear-dtype.",
+            param="attention",
         )
     if not lengths or min(lengths) <= NUM_ROWS:
         raise ConfigurationError(f"lengths must be greater than {NUM_ROWS}, the rows that are compared.", param="lengths")
@@ -150,7 +142,7 @@ def run(
         for name, source in sources.items():
             tokens = read_tokens(engine.tokenizer, length, source)
             began = time.perf_counter()
-            dense = dense_logits(engine, tokens, keep_dense)
+            dense = dense_logits(engine, model, tokens, keep_dense)
             experiment.log(f"{length} tokens of {name}: dense, {time.perf_counter() - began:.1f} s")
             state = engine.new_fidelity(dense_from=length) if engine.config.attention != "dense" else None
             began = time.perf_counter()
@@ -162,6 +154,7 @@ def run(
                 "attention": engine.config.attention,
                 "preset": preset_of(engine),
                 "kv_dtype": engine.config.kv_dtype,
+                "linear_dtype": engine.config.linear_dtype,
                 "density": state.density if state else 1.0,
                 "recall_mean": state.recall if state else None,
                 "recall_p5": state.recall_p5 if state else None,
