@@ -290,6 +290,17 @@ def test_a_document_is_deleted_when_that_is_confirmed(page: Page, url: str) -> N
 
 
 @needs_browser
+def test_a_document_that_somebody_else_deleted(page: Page, url: str) -> None:
+    add(page, stays="Here we go.", goes="There and back again.")
+    httpx.delete(f"{url}/v1/files/{stored(url)['goes.txt']['id']}")
+    turn = ask(page, "What?")
+    expect(turn.get_by_role("alert")).to_contain_text("A document is gone")
+    expect(page.locator(".document")).to_have_count(1)
+    turn.get_by_role("button", name="Ask again").click()
+    done(page.locator(".turn").last)
+
+
+@needs_browser
 def test_a_dropped_folder_is_walked(page: Page, url: str, tmp_path: Path) -> None:
     for name, content in {
         "project/src/main.py": b"def add(a, b):\n    return a + b\n",

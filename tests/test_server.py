@@ -420,6 +420,25 @@ def test_stops_are_bounded_and_the_refusal_is_short(client: openai.OpenAI, value
     assert all(str(number) in message for number in numbers) and len(message) < 100
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model": "x" * 100_000},
+        {"messages": [{"role": "x" * 100_000}]},
+        {"messages": ["x" * 100_000]},
+        {"messages": [{"role": "user", "content": [{"type": "x" * 100_000}]}]},
+        {"response_format": {"type": "x" * 100_000}},
+        {"tools": [{"type": "x" * 100_000}]},
+        {"tools": [{"type": "function", "function": {"name": "x" * 100_000}}]},
+        {"stop": ["x" * 100_000]},
+        {"extra_body": {"reasoning_effort": ["x" * 100_000]}},
+        {"extra_body": {"structured_outputs": {"x" * 100_000: 1}}},
+    ],
+)
+def test_a_refusal_does_not_send_back_what_came(client: openai.OpenAI, values: dict[str, Any]) -> None:
+    assert len(refused(client, openai.APIStatusError, **values)["message"]) < 500
+
+
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
     assert refused(client, openai.NotFoundError, model="gpt-5")["code"] == "model_not_found"
 

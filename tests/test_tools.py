@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -436,5 +437,8 @@ def test_tools_that_cannot_be_used(client: openai.OpenAI, values: dict[str, Any]
 
 def test_a_model_whose_template_knows_no_tools(tiny_folder: Path) -> None:
     engine = LLM(tiny_folder, prefill_chunk_tokens=128, kv_cache_bytes=16 << 20, max_model_len=1024).engine
-    with serving_client(engine) as client, pytest.raises(openai.BadRequestError, match="knows no tools"):
-        ask(client)
+    with serving_client(engine) as client:
+        with pytest.raises(openai.BadRequestError, match="knows no tools"):
+            ask(client)
+        counted = httpx.post(f"{client.base_url}chat/completions/input_tokens", json={"messages": HELLO, "tools": TOOL_LIST})
+        assert (counted.status_code, counted.json()["error"]["param"]) == (400, "tools"), "what would be refused is not counted"

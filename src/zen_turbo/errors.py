@@ -67,6 +67,12 @@ def _rebuild(kind: type[ZenTurboError], message: str, param: str | None, details
     return error
 
 
+def shown(value: object) -> str:
+    """What a client sent, for a message: its ``repr``, cut where it is long, since it may be megabytes."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 class InvalidRequestError(ZenTurboError, ValueError):
     code = "invalid_request"
     http_status = 400

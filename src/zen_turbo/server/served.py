@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.service import EngineService
-from zen_turbo.errors import InvalidRequestError, ModelNotFoundError, ShuttingDownError
+from zen_turbo.errors import InvalidRequestError, ModelNotFoundError, ShuttingDownError, shown
 from zen_turbo.server.errors import LoadingError
 from zen_turbo.server.operations import Operations
 
@@ -83,7 +83,7 @@ class ServedModel:
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFoundError for any other name; None is a client that names no model."""
         if name is not None and name != self.name:
-            raise ModelNotFoundError(f"The model {name!r} is not served here; {self.name!r} is.", param="model")
+            raise ModelNotFoundError(f"The model {shown(name)} is not served here; {self.name!r} is.", param="model")
 
     def check_answers(self, count: int, *, param: str) -> None:
         """Raises InvalidRequestError if one body asks for more answers than may wait, since no later moment would be better for it."""

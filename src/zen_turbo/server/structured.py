@@ -9,7 +9,7 @@ from typing import Any
 
 from zen_turbo.engine import guidance
 from zen_turbo.engine.guidance import literal
-from zen_turbo.errors import InvalidRequestError, UnsupportedParameterError
+from zen_turbo.errors import InvalidRequestError, UnsupportedParameterError, shown
 from zen_turbo.text.answer import THINK, THINK_END, Thinking
 from zen_turbo.text.tools import CLOSE, OPEN, ToolForm
 
@@ -49,7 +49,7 @@ def functions_of(tools: Sequence[Any]) -> tuple[Function, ...]:
         where = f"tools[{index}]"
         if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping) or tool.get("type", "function") != "function":
             kind = tool.get("type") if isinstance(tool, Mapping) else type(tool).__name__
-            raise UnsupportedParameterError(f"{where}: a tool of type {kind!r} is not supported (function is).", param="tools")
+            raise UnsupportedParameterError(f"{where}: a tool of type {shown(kind)} is not supported (function is).", param="tools")
         function = tool["function"]
         name, parameters = function.get("name"), function.get("parameters") or _NO_PARAMETERS
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name in found:
@@ -89,7 +89,8 @@ def response_format_rule(value: Any) -> str | None:
     if kind == "json_object":
         return guidance.json_object()
     if kind != "json_schema":
-        raise UnsupportedParameterError(f"response_format of type {kind!r} is not supported (text, json_object and json_schema are).", param=param)
+        message = f"response_format of type {shown(kind)} is not supported (text, json_object and json_schema are)."
+        raise UnsupportedParameterError(message, param=param)
     inner = value.get("json_schema")
     if not isinstance(inner, Mapping) or not isinstance(inner.get("schema"), Mapping | bool):
         raise InvalidRequestError("response_format of type json_schema needs json_schema.schema, a JSON schema.", param=param)

@@ -20,7 +20,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox
 
-from zen_turbo.errors import EmptyPromptError, InvalidRequestError, UnsupportedModelError
+from zen_turbo.errors import EmptyPromptError, InvalidRequestError, UnsupportedModelError, shown
 from zen_turbo.text.tokenizer import Tokenizer
 from zen_turbo.text.tokenizer_source import TokenizerSource
 from zen_turbo.text.tools import ToolForm, form_of
@@ -175,7 +175,7 @@ def _checked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         where = f"messages[{index}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
-            raise InvalidRequestError(f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}.", param="messages")
+            raise InvalidRequestError(f"{where}: role must be one of {', '.join(ROLES)}, not {shown(role)}.", param="messages")
         checked = {**message, "content": _text_of(message.get("content"), where)}
         if message.get("tool_calls"):
             checked["tool_calls"] = [_call_with_mapping(call, where) for call in _list_of(message["tool_calls"], where)]
@@ -255,7 +255,7 @@ def _text_of(content: Any, where: str) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-            raise InvalidRequestError(f"{where}: content part of type {kind!r} is not supported (text is).", param="messages")
+            raise InvalidRequestError(f"{where}: content part of type {shown(kind)} is not supported (text is).", param="messages")
         texts.append(part["text"])
     return "".join(texts)
 
