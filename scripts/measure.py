@@ -59,8 +59,10 @@ def measurements() -> dict[str, Measurement]:
             for preset in PRESETS:
                 cost = (4 if label == "32k" else 20) if preset == "turbo" else (2 if label == "32k" else 9)
                 add(f"fidelity_{label}_{text}_{preset}", cost, "bench", "fidelity", *preset_of(preset), *keep)
-            quantised = ["--attention", "dense", "--kv-dtype", "int8"]
-            add(f"fidelity_{label}_{text}_int8", 4 if label == "32k" else 38, "bench", "fidelity", *quantised, *keep)
+            for what, flags in (("int8", ["--kv-dtype", "int8"]), ("linear_int8", ["--linear-dtype", "int8"])):
+                add(f"fidelity_{label}_{text}_{what}", 4 if label == "32k" else 38, "bench", "fidelity", "--attention", "dense", *flags, *keep)
+            both = [*preset_of("turbo"), "--linear-dtype", "int8"]
+            add(f"fidelity_{label}_{text}_turbo_linear_int8", 2 if label == "32k" else 9, "bench", "fidelity", *both, *keep)
     rivals = {f"uniform_{mass}": ["--attention", "adaptive", "--fidelity", f"0.{mass}"] for mass in (80, 90, 95, 98)}
     rivals |= {name: ["--attention", name] for name in ("minference", "flexprefill", "xattention", "tri_shape")}
     for label, length, minutes in (("32k", 32768, 2), ("128k", 131072, 12)):
@@ -71,8 +73,10 @@ def measurements() -> dict[str, Measurement]:
     for preset, minutes in (("turbo", 9), ("balanced", 11), ("faithful", 16)):
         add(f"marginal_128k_{preset}", minutes, "bench", "marginal", *preset_of(preset), "--positions", "8192,32768,65536,131072")
         add(f"prefill_{preset}", 3, "bench", "prefill", *preset_of(preset), "--lengths", "4096,8192,16384,32768")
+    add("prefill_turbo_linear_int8", 3, "bench", "prefill", *preset_of("turbo"), "--linear-dtype", "int8", "--lengths", "4096,8192,16384,32768")
     ends = "32768,131072,524288,999424"
     add("marginal_1m_turbo", 80, "bench", "marginal", *preset_of("turbo"), "--positions", ends, "--kv-dtype", "int8")
+    add("decode_linear_int8", 8, "bench", "decode", "--contexts", "4096,32768,131072", "--preset", "turbo", "--linear-dtype", "int8")
     add("decode", 15, "bench", "decode", "--contexts", "4096,32768,131072", "--preset", "turbo")
     add("serve", 45, "bench", "serve", *preset_of("turbo"))
     add("reuse_128k", 20, "bench", "reuse", "--lengths", "131072", *preset_of("turbo"), "--store", "logs/store")
