@@ -99,7 +99,7 @@ def main() -> None:
     if options.run is None:
         for name, measurement in every.items():
             state = "there" if (RESULTS / f"{name}.json").exists() else f"about {measurement.minutes} min"
-            print(f"{name:<32}{state:<16}zen-turbo {' '.join(measurement.command)}")
+            print(f"{name:<40}{state:<16}zen-turbo {' '.join(measurement.command)}")
         return
     chosen = [name for name in every if any(fnmatch.fnmatch(name, pattern) for pattern in options.run)]
     if not chosen:
