@@ -359,8 +359,17 @@ class Lines(logging.Handler):
             return
         self.records.append(record)
 
-    def facts(self) -> list[dict[str, Any]]:
-        return [record.__dict__["facts"] for record in self.records if "facts" in record.__dict__]
+    def of(self, *request_ids: str) -> list[dict[str, Any]]:
+        """The facts of these requests, in this order, when all are there; each has one line. A line is written when its response is over, so
+        that of an earlier request may still come."""
+
+        def found() -> list[dict[str, Any]]:
+            facts = [record.__dict__["facts"] for record in self.records if "facts" in record.__dict__]
+            return [each for each in facts if each["request_id"] in request_ids]
+
+        wait_until(lambda: {facts["request_id"] for facts in found()} == set(request_ids))
+        assert len(found()) == len(request_ids)
+        return sorted(found(), key=lambda facts: request_ids.index(facts["request_id"]))
 
 
 @pytest.fixture
@@ -378,14 +387,15 @@ def test_one_line_per_request_and_no_content(keyed_server: httpx.Client, lines: 
     secret = "a very private question"
     message = {"messages": [{"role": "user", "content": secret}], "max_tokens": 3, "temperature": 0}
     label = KeyRing(KEYS).labels[0]
-    answer = keyed_server.post(CHAT, json=message, headers={**bearer(KEYS[0]), "X-Request-Id": "mine"}).json()
-    keyed_server.post(CHAT, json={**message, "stream": True}, headers=bearer(KEYS[0]))
-    keyed_server.post(CHAT, json={**message, "temperature": -1}, headers=bearer(KEYS[0]))
-    keyed_server.post(f"/{secret.replace(' ', '%0A')}?key={KEYS[0]}", json=message)
-    wait_until(lambda: len(lines.facts()) == 4)
-    first, streamed, bad, foreign = lines.facts()
+    ids = [f"line-{number}" for number in range(4)]
+    headers = [{**bearer(KEYS[0]), "X-Request-Id": each} for each in ids[:3]]
+    answer = keyed_server.post(CHAT, json=message, headers=headers[0]).json()
+    keyed_server.post(CHAT, json={**message, "stream": True}, headers=headers[1])
+    keyed_server.post(CHAT, json={**message, "temperature": -1}, headers=headers[2])
+    keyed_server.post(f"/{secret.replace(' ', '%0A')}?key={KEYS[0]}", json=message, headers={"X-Request-Id": ids[3]})
+    first, streamed, bad, foreign = lines.of(*ids)
     usage = answer["usage"]
-    assert first["request_id"] == "mine" and first["route"] == CHAT and first["method"] == "POST" and first["status"] == 200
+    assert first["route"] == CHAT and first["method"] == "POST" and first["status"] == 200
     assert first["prompt_tokens"] == usage["prompt_tokens"] and first["completion_tokens"] == usage["completion_tokens"] == 3
     assert first["cached_tokens"] == usage["prompt_tokens_details"]["cached_tokens"]
     assert first["key"] == label and first["finish_reason"] == "length" and "error" not in first
@@ -397,7 +407,7 @@ def test_one_line_per_request_and_no_content(keyed_server: httpx.Client, lines: 
     assert label in shown
     for hidden in (*KEYS, secret, "private question", answer["choices"][0]["message"]["content"]):
         assert hidden not in shown
-    assert shown.count("mine") == 2, "one line in each format"
+    assert [shown.count(each) for each in ids] == [2] * 4, "one line in each format"
 
 
 def test_log_lines_are_text_or_json() -> None:

@@ -65,17 +65,6 @@ def change(before: Scrape, after: Scrape, name: str, labels: tuple[str, ...]) ->
     return {label: value for label, value in changes.items() if value}
 
 
-def facts_of(lines: Lines, count: int) -> list[dict[str, Any]]:
-    """The lines of all requests but those for metrics, of which there must be as many as were sent."""
-
-    def found() -> list[dict[str, Any]]:
-        return [facts for facts in lines.facts() if facts["route"] not in ("/metrics", "/health")]
-
-    wait_until(lambda: len(found()) >= count)
-    assert len(found()) == count
-    return found()
-
-
 def test_a_file_is_the_same_prompt_on_every_route(client: openai.OpenAI, http: httpx.Client, file_id: str) -> None:
     text = documents_text([Document("sky.txt", SKY)]) + QUESTION
     greedy: dict[str, Any] = {"model": "tiny", "temperature": 0}
@@ -134,16 +123,17 @@ def test_each_request_is_counted_and_is_one_line(
         (RESPONSES, {"input": [message], "max_output_tokens": 3, "temperature": 0, "ignore_eos": True}, 1),
         (RESPONSES, {"input": "A private input", "max_output_tokens": 3, "ignore_eos": True, "stream": True}, 1),
     ]
-    answers = [http.post(path, json=body) for path, body, _ in bodies]
+    ids = [f"each-{number}" for number in range(len(bodies))]
+    answers = [http.post(path, json=body, headers={"X-Request-Id": each}) for each, (path, body, _) in zip(ids, bodies, strict=True)]
     assert [answer.status_code for answer in answers] == [200] * len(bodies)
     assert '"finish_reason":"tool_calls"' in answers[2].text
-    found = facts_of(lines, len(bodies))
+    found = lines.of(*ids)
     after = scrape(http)
     assert [facts["route"] for facts in found] == [path for path, _, _ in bodies]
     assert change(before, after, "request_success_total", FINISH_REASONS) == {"length": sum(count for _, _, count in bodies) - 1, "stop": 1}
     for facts, answer, (_, body, count) in zip(found, answers, bodies, strict=True):
         assert facts["status"] == 200 and facts["key"] == KeyRing([KEY]).labels[0] and facts["ttft_s"] > 0
-        assert facts["request_id"] == answer.headers["x-request-id"]
+        assert answer.headers["x-request-id"] == facts["request_id"]
         if "tools" not in body:
             assert (facts["completion_tokens"], facts["finish_reason"]) == (3 * count, "length")
     written = sum(facts["completion_tokens"] for facts in found)
@@ -163,10 +153,11 @@ def test_refusals_are_counted_on_every_route(http: httpx.Client, lines: Lines) -
         RESPONSES: {"input": long},
     }
     for path, body in bodies.items():
-        answer = http.post(path, json=body)
+        answer = http.post(path, json=body, headers={"X-Request-Id": f"refused{path}"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
-    assert [facts["error"] for facts in facts_of(lines, 3)] == ["context_length_exceeded"] * 3
-    assert change(before, scrape(http), "admission_rejections_total", REJECTIONS) == {"context_length_exceeded": 3}
+    found = lines.of(*(f"refused{path}" for path in bodies))
+    assert [facts["error"] for facts in found] == ["context_length_exceeded"] * 3
+    wait_until(lambda: change(before, scrape(http), "admission_rejections_total", REJECTIONS) == {"context_length_exceeded": 3})
 
 
 def test_a_body_is_served_whole_or_not_at_all(http: httpx.Client, engine: Engine) -> None:
@@ -180,10 +171,8 @@ def test_a_body_is_served_whole_or_not_at_all(http: httpx.Client, engine: Engine
         assert sum(request.aborted.is_set() for request in engine._known.values()) == 1
     waiting.join()
     assert (refused.status_code, refused.json()["error"]["reason"]) == (429, "max_queue")
-    wait_until(lambda: not engine.has_work())
-    after = scrape(http)
-    assert change(before, after, "admission_rejections_total", REJECTIONS) == {"max_queue": 1}
-    assert change(before, after, "request_success_total", ("abort",)) == {"abort": 1}
+    wait_until(lambda: change(before, scrape(http), "admission_rejections_total", REJECTIONS) == {"max_queue": 1})
+    assert change(before, scrape(http), "request_success_total", ("abort",)) == {"abort": 1}
 
 
 @pytest.mark.parametrize(
