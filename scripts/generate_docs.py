@@ -217,8 +217,8 @@ def results_table() -> str:
     (million,) = rows("passkey_turbo_1m.json")
     lines = [
         (
-            f"Passkey half-way down {million['length']:,} tokens (sparse prefill, preset turbo, 8-bit KV pages): minutes to the first token, over the linear"
-            " layers alone, block pairs read, peak memory",
+            f"Passkey half-way down {million['length']:,} tokens (sparse prefill, preset turbo, 8-bit KV pages): minutes to the first token,"
+            " over the linear layers alone, block pairs read, peak memory",
             f"{'found' if million['correct'] else 'missed'}: {million['ttft_s'] / 60:.0f} min, {million['ttft_s'] / million['linear_floor_s']:.2f}x,"
             f" {million['density']:.2%}, {million['peak_rss_gib']:.1f} GiB",
             "passkey_turbo_1m.json",
