@@ -29,6 +29,15 @@ struct F32Store {
   static void put1(T* p, float f) { *p = f; }
 };
 
+// The first min(count, 16) lanes of v.
+template <class S>
+static inline void put_some(typename S::T* to, vec v, int64_t count) {
+  if (count >= 16) return S::put(to, v);
+  typename S::T lanes[16];
+  S::put(lanes, v);
+  for (int64_t i = 0; i < count; i++) to[i] = lanes[i];
+}
+
 template <class S>
 static void norm_typed(const zt_norm_args* a) {
   const int64_t width = a->width, whole = width / 16 * 16;

@@ -1,7 +1,9 @@
-// Integer vocabulary of linear.inl in GCC's generic vectors, for targets without an instruction for it: right everywhere, fast nowhere.
+// Integer vocabulary of linear_int8.inl in GCC's generic vectors, for targets without an instruction for it: right everywhere, fast nowhere.
 #include <stdint.h>
 
 namespace {
+
+constexpr int QUAD_ROWS = 6, QUAD_COLS = 4, QUAD_OFFSET = 128;
 
 typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
 
@@ -13,8 +15,9 @@ struct quads {
   const void* at;
 };
 static inline quads load_quads(const uint8_t* p) { return {p}; }
-static inline quads broadcast_quad(const int8_t* p) { return {p}; }
-static inline ivec dot4(ivec acc, quads weights, quads inputs) {
+typedef quads inputs4;
+static inline inputs4 broadcast_quad(const int8_t* p) { return {p}; }
+static inline ivec dot4(ivec acc, quads weights, inputs4 inputs) {
   const uint8_t* w = (const uint8_t*)weights.at;
   const int8_t* x = (const int8_t*)inputs.at;
   for (int o = 0; o < 16; o++) acc[o] += w[4 * o] * x[0] + w[4 * o + 1] * x[1] + w[4 * o + 2] * x[2] + w[4 * o + 3] * x[3];

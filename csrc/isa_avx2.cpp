@@ -141,9 +141,46 @@ struct Bf16Dot {
   static inline vec exp2(vec x) { return exp2_fast(x); }
 };
 
+// Integer vocabulary of linear_int8.inl. VPMADDUBSW adds two products in 16 bits, which hold them only where both factors are at most 127 in
+// size: so |w|, unsigned, times x with w's sign.
+constexpr int QUAD_ROWS = 4, QUAD_COLS = 1, QUAD_OFFSET = 0;  // 8 accumulators, 4 weights, 1 broadcast, ones and two to work with
+
+struct ivec {
+  __m256i lo, hi;
+};
+struct quads {  // four bytes for each lane
+  __m256i lo, hi, lo_size, hi_size;
+};
+typedef __m256i inputs4;
+static inline ivec izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+static inline ivec iset1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+static inline ivec isub(ivec a, ivec b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+static inline quads load_quads(const uint8_t* p) {
+  const __m256i centre = _mm256_set1_epi8(int8_t(0x80));
+  const __m256i lo = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)p), centre);
+  const __m256i hi = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(p + 32)), centre);
+  return {lo, hi, _mm256_abs_epi8(lo), _mm256_abs_epi8(hi)};
+}
+static inline inputs4 broadcast_quad(const int8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+static inline __m256i dot4_half(__m256i acc, __m256i w, __m256i size, __m256i x) {
+  const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+static inline ivec dot4(ivec acc, quads w, inputs4 x) {
+  return {dot4_half(acc.lo, w.lo, w.lo_size, x), dot4_half(acc.hi, w.hi, w.hi_size, x)};
+}
+static inline vec to_float(ivec v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
+static inline void store_i8(int8_t* p, vec v) {  // nearest, ties to even; |v| is at most 127
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi)), 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
 }  // namespace
 
-#include "int8_generic.h"
 #include "quantise.inl"
 #include "attend.inl"
 #include "elementwise.inl"

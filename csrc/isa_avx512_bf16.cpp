@@ -26,20 +26,22 @@ struct Bf16Dot {
   static inline vec exp2(vec x) { return exp2_fast(x); }
 };
 
-// Integer vocabulary of linear.inl: VPDPBUSD adds four products of unsigned and signed bytes per lane.
+// Integer vocabulary of linear_int8.inl: VPDPBUSD adds four products of unsigned and signed bytes per lane.
+constexpr int QUAD_ROWS = 6, QUAD_COLS = 4, QUAD_OFFSET = 128;  // 24 accumulators, 4 weights, 1 broadcast
+
 typedef __m512i ivec;
 static inline ivec izero() { return _mm512_setzero_si512(); }
 static inline ivec iset1(int32_t x) { return _mm512_set1_epi32(x); }
 static inline ivec isub(ivec a, ivec b) { return _mm512_sub_epi32(a, b); }
-typedef __m512i quads;  // four bytes for each lane
+typedef __m512i quads, inputs4;  // four bytes for each lane
 static inline quads load_quads(const uint8_t* p) { return _mm512_loadu_si512(p); }
-static inline quads broadcast_quad(const int8_t* p) {
+static inline inputs4 broadcast_quad(const int8_t* p) {
   int32_t quad;
   __builtin_memcpy(&quad, p, 4);
   return _mm512_set1_epi32(quad);
 }
 // Not the intrinsic: GCC 12 copies every accumulator before it, and then has too few registers for 24 of them.
-static inline ivec dot4(ivec acc, quads w, quads x) {
+static inline ivec dot4(ivec acc, quads w, inputs4 x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   return acc;
 }

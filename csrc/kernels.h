@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #define ZT_PAGE 64
-#define ZT_ABI_VERSION 7
+#define ZT_ABI_VERSION 8
 
 enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1, ZT_INT8 = 2 /* pages only */ };
 enum zt_status { ZT_OK = 0, ZT_BAD_ARGUMENT = 1, ZT_NO_MEMORY = 2 };
@@ -133,12 +133,14 @@ typedef struct {
   int32_t dtype, num_threads;
 } zt_silu_args;
 
-/* out[r][o] = x[r] . W[o] + bias[o] on 8-bit integers (linear.inl). x [rows][inputs] and out [rows][outputs] of `dtype`, contiguous. weights
- * [panels of 64 outputs][padded inputs / 4][64][4], scales and bias f32 [panels * 64]; inputs are padded to a multiple of 4 * groups. */
+/* out[r][o] = x[r] . W[o] + bias[o]. x [rows][inputs] and out [rows][outputs] of `dtype`, contiguous; bias f32, whole panels.
+ * With weight_scales on 8-bit integers (linear_int8.inl): weights [panels of 64 outputs][padded inputs / 4][64][4], scales f32 [panels * 64];
+ * inputs are padded to a multiple of 4 * groups. Without, in f32 (linear_bf16.inl): weights bf16 [panels of 16 outputs][inputs][16]; groups
+ * is not looked at. */
 typedef struct {
   const void* x;
   const void* weights;
-  const float* weight_scales;
+  const float* weight_scales; /* or null */
   const float* bias; /* or null */
   void* out;
   int64_t rows, inputs, outputs, groups;

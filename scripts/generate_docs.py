@@ -19,8 +19,7 @@ import typer
 
 from zen_turbo import errors
 from zen_turbo.cli import DEBUG_ENVIRONMENT, app
-from zen_turbo.cli.engine_flags import flag_of
-from zen_turbo.config import EngineConfig
+from zen_turbo.config import EngineConfig, flag_of
 from zen_turbo.evals.heatmap import length_text, read_json
 from zen_turbo.kernels import ISA_ENVIRONMENT, ISAS
 from zen_turbo.models.catalogue import CACHE_ENVIRONMENT
@@ -214,14 +213,14 @@ def results_table() -> str:
     at_8k = next(row for row in prefill if row["length"] == 8192)
     machine = read_json(ROOT / "results" / "prefill_dense.json")["machine"]
     (balanced,) = rows("fidelity_32k_code_balanced.json")
-    (million,) = rows("passkey_turbo_1m.json")
+    (million,) = rows("passkey_turbo_1m_middle.json")
     lines = [
         (
             f"Passkey half-way down {million['length']:,} tokens (sparse prefill, preset turbo, 8-bit KV pages): minutes to the first token,"
             " over the linear layers alone, block pairs read, peak memory",
             f"{'found' if million['correct'] else 'missed'}: {million['ttft_s'] / 60:.0f} min, {million['ttft_s'] / million['linear_floor_s']:.2f}x,"
             f" {million['density']:.2%}, {million['peak_rss_gib']:.1f} GiB",
-            "passkey_turbo_1m.json",
+            "passkey_turbo_1m_middle.json",
         ),
         (
             f"Passkey found in prompts of 4K to {longest} tokens (the model was trained on 32K)",

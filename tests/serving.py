@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import uvicorn
 from fastapi import FastAPI
 
 from zen_turbo.cli.serve import listen
 from zen_turbo.engine.engine import Engine
+from zen_turbo.server.app import create_app
+from zen_turbo.server.settings import ServerSettings
 
 
 @contextmanager
@@ -38,6 +41,15 @@ def wait_until(condition: Any, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
+
+
+@contextmanager
+def server(engine: Engine, **settings: Any) -> Iterator[httpx.Client]:
+    """A client of a server of its own; settings: of ServerSettings."""
+    app = create_app(lambda: engine, model_name="tiny", settings=ServerSettings(**settings))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        wait_until(lambda: client.get("/health").status_code == 200)
+        yield client
 
 
 class Slowly:

@@ -222,7 +222,7 @@ def test_attention_bench_end_to_end(capsys: pytest.CaptureFixture[str], monkeypa
 def test_gemm_rate_is_the_best_median(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = gemm.GemmBenchmark([(32, 64, 64), (64, 64, 64)])
     small, large = 2 * 32 * 64 * 64, 2 * 64 * 64 * 64
-    routes = 2 if gemm.packing_available() else 1
+    routes = 2
     rounds = iter([t for small_s, large_s in ((1.0, 1.0), (0.5, 1.0), (1.0, 4.0)) for t in [small_s] * routes + [large_s] * routes])
     monkeypatch.setattr(gemm, "timed", lambda work: next(rounds))
     for _ in range(3):

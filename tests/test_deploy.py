@@ -15,10 +15,9 @@ import typer
 
 from zen_turbo.cli import app
 from zen_turbo.models.catalogue import CACHE_ENVIRONMENT
-from zen_turbo.server.file_store import DEFAULT_MAX_UPLOAD_BYTES
 from zen_turbo.server.keys import KEY_ENVIRONMENT
 from zen_turbo.server.metrics import PREFIX, EngineStats, Metrics
-from zen_turbo.server.settings import ServerSettings
+from zen_turbo.server.settings import DEFAULT_MAX_UPLOAD_BYTES, ServerSettings
 from zen_turbo.server.shutdown import GRACE_S
 
 ROOT = Path(__file__).resolve().parent.parent

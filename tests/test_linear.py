@@ -1,4 +1,4 @@
-"""8-bit linear layers against exact arithmetic on the same codes, under every instruction set of this CPU, and a model that uses them."""
+"""Our linear layers, 8-bit and bf16, against exact arithmetic on the same weights, under every instruction set, and models that use them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from zen_turbo import LLM, kernels
 from zen_turbo.engine.request import SamplingParams
 from zen_turbo.errors import ConfigurationError
-from zen_turbo.models.linear import Int8Linear, Linear
+from zen_turbo.models import linear
+from zen_turbo.models.linear import KernelLinear, Linear, fitting_linear, int8_linear, packing_available
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -30,6 +31,35 @@ def exact(x: torch.Tensor, weights: kernels.PackedWeights, bias: torch.Tensor | 
     return y if bias is None else y + bias[: weights.outputs].double()
 
 
+def check_against(expected: torch.Tensor, x: torch.Tensor, weights: kernels.PackedWeights, bias: torch.Tensor | None, **tolerance: float) -> None:
+    """What the kernel makes of x, and that neither threads nor the other rows change a bit of it."""
+    out = torch.full((len(x), weights.outputs), float("nan"), dtype=x.dtype)
+    kernels.linear(x, weights, out, bias=bias)
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+    again = torch.empty_like(out)
+    kernels.linear(x, weights, again, bias=bias, num_threads=1)
+    assert torch.equal(out, again)
+    for row in range(0, len(x), max(1, len(x) // 3)):
+        alone = torch.empty_like(out[:1])
+        kernels.linear(x[row : row + 1].contiguous(), weights, alone, bias=bias)
+        assert torch.equal(alone[0], out[row]), "a row depends on itself alone"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f32"])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "bias"), [(1, 64, 64, False), (2, 896, 1152, True), (7, 1300, 130, False), (200, 100, 65, True), (13, 4, 3, True)]
+)
+def test_bf16_weights_are_multiplied_in_fp32(isa: str, dtype: torch.dtype, rows: int, inputs: int, outputs: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    weights = kernels.pack_bf16(weight)
+    offset = torch.randn(weights.padded_outputs, generator=generator) if bias else None
+    expected = x.double() @ weight.double().T + (offset[:outputs].double() if offset is not None else 0)
+    rtol, atol = (2**-8, 1e-5 * inputs) if dtype == torch.bfloat16 else (1e-5, 1e-6 * inputs)
+    check_against(expected, x, weights, offset, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f32"])
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs", "groups", "bias"),
@@ -42,29 +72,26 @@ def test_products_are_exact_on_the_codes(isa: str, dtype: torch.dtype, rows: int
     x[rows // 2] = 0
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
     weight[0] = 0
-    weights = kernels.pack_weights(weight)
+    weights = kernels.pack_int8(weight)
     assert weights.groups == groups
-    offset = torch.zeros_like(weights.scales)
-    offset[:outputs] = torch.randn(outputs, generator=generator)
-    out = torch.full((rows, outputs), float("nan"), dtype=dtype)
-    kernels.linear_int8(x, weights, out, bias=offset if bias else None)
-    expected = exact(x, weights, offset if bias else None)
+    offset = torch.randn(weights.padded_outputs, generator=generator) if bias else None
     rtol, atol = (1e-2, 1e-3 * inputs**0.5) if dtype == torch.bfloat16 else (1e-5, 1e-4)
-    torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
-    again = torch.empty_like(out)
-    kernels.linear_int8(x, weights, again, bias=offset if bias else None, num_threads=1)
-    assert torch.equal(out, again)
-    for row in range(0, rows, max(1, rows // 3)):
-        alone = torch.empty_like(out[:1])
-        kernels.linear_int8(x[row : row + 1].contiguous(), weights, alone, bias=offset if bias else None)
-        assert torch.equal(alone[0], out[row]), "a row depends on itself alone"
+    check_against(exact(x, weights, offset), x, weights, offset, rtol=rtol, atol=atol)
+
+
+def test_codes_at_their_ends_do_not_overflow(isa: str) -> None:
+    weights = kernels.pack_int8(torch.tensor([[1.0, -1.0]]).repeat(4, 512) * torch.tensor([[1.0], [-1.0], [1.0], [0.0]]))
+    x = torch.tensor([[1.0, -1.0]]).repeat(3, 512) * torch.tensor([[1.0], [-1.0], [0.0]])
+    out = torch.empty(3, 4)
+    kernels.linear(x, weights, out)
+    torch.testing.assert_close(out, torch.tensor([[1024.0, -1024, 1024, 0], [-1024, 1024, -1024, 0], [0, 0, 0, 0]]))
 
 
 def test_they_come_near_the_layer_that_they_replace() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(300, 896, generator=generator) * 0.02, torch.randn(300, generator=generator)
     x = torch.randn(40, 896, generator=generator)
-    fine, coarse = Linear(weight, bias), Int8Linear(weight, bias)
+    fine, coarse = Linear(weight, bias), int8_linear(weight, bias)
     assert (coarse.out_features, coarse.in_features, coarse.has_bias, coarse.flops_per_row) == (300, 896, True, fine.flops_per_row)
     error = (coarse(x) - fine(x)).norm() / (fine(x) - bias).norm()
     assert error < 0.02
@@ -84,8 +111,18 @@ def test_a_model_on_8_bit_integers_says_almost_the_same(tiny_folder: Path) -> No
         LLM(tiny_folder, linear_dtype="int4")
 
 
+def test_a_cpu_without_bf16_products_widens(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16, f32 = torch.zeros(16, 16, dtype=torch.bfloat16), torch.zeros(16, 16)
+    assert isinstance(fitting_linear(bf16), KernelLinear) is not packing_available()
+    monkeypatch.setattr(linear, "packing_available", lambda: False)
+    assert isinstance(fitting_linear(bf16), KernelLinear) and not isinstance(fitting_linear(f32), KernelLinear)
+    prompt = tiny.tokens(300)
+    found, exact = (tiny.logits(tiny_folder, prompt, rows=50, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert float((found - exact).norm() / exact.norm()) < 0.02
+
+
 def test_wrong_arguments_are_refused() -> None:
-    weights = kernels.pack_weights(torch.randn(10, 20))
+    weights = kernels.pack_int8(torch.randn(10, 20))
     x, out = torch.randn(3, 20), torch.empty(3, 10)
     for wrong in (
         {"x": torch.randn(3, 19)},
@@ -96,4 +133,4 @@ def test_wrong_arguments_are_refused() -> None:
     ):
         values = {"x": x, "out": out, "bias": None, **wrong}
         with pytest.raises(ValueError):
-            kernels.linear_int8(values["x"], weights, values["out"], bias=values["bias"])
+            kernels.linear(values["x"], weights, values["out"], bias=values["bias"])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Held, Slowly, serving, wait_until
+from serving import Held, Slowly, server, serving, wait_until
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
@@ -22,7 +21,6 @@ from zen_turbo.errors import EmptyPromptError, RateLimitExceededError, ShuttingD
 from zen_turbo.server.app import create_app
 from zen_turbo.server.keys import KeyRing
 from zen_turbo.server.metrics import FINISH_REASONS, REJECTIONS, EngineStats, Metrics
-from zen_turbo.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
@@ -49,14 +47,6 @@ class Scrape:
 
     def __call__(self, name: str, label: str | None = None) -> float:
         return self.values[name, label]
-
-
-@contextmanager
-def server(engine: Engine, **settings: Any) -> Iterator[httpx.Client]:
-    app = create_app(lambda: engine, model_name="tiny", settings=ServerSettings(**settings))
-    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
-        wait_until(lambda: client.get("/health").status_code == 200)
-        yield client
 
 
 def scrape(client: httpx.Client) -> Scrape:

@@ -10,20 +10,18 @@ import select
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from serving import Held, serving, wait_until
+from serving import Held, server, wait_until
 from starlette.types import Message, Receive, Scope, Send
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
 from zen_turbo.errors import ConfigurationError, RequestTooLargeError
-from zen_turbo.server.app import create_app
 from zen_turbo.server.keys import KeyRing, collect_keys
 from zen_turbo.server.logs import JsonFormatter, TextFormatter
 from zen_turbo.server.openapi import BODIES
@@ -38,14 +36,6 @@ KEYS = ("sk-first-of-two", "sk-second-of-two")
 @pytest.fixture(scope="module")
 def engine(tiny_folder: Path) -> Engine:
     return LLM(tiny_folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=4096).engine
-
-
-@contextmanager
-def server(engine: Engine, **settings: Any) -> Iterator[httpx.Client]:
-    app = create_app(lambda: engine, model_name="tiny", settings=ServerSettings(**settings))
-    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
-        wait_until(lambda: client.get("/health").status_code == 200)
-        yield client
 
 
 @pytest.fixture(scope="module")

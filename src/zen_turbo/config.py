@@ -27,6 +27,11 @@ def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None) ->
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+def flag_of(name: str) -> str:
+    """A knob on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Settings of one engine. Sizes ending in ``_bytes`` are bytes, ``_tokens`` are tokens; None means "decided from model and machine"."""
@@ -63,7 +68,7 @@ class EngineConfig:
     kv_dtype: str = _knob("auto", "Type of the KV pages: auto (as dtype) or int8, half the memory of bfloat16.", choices=KV_DTYPES)
     linear_dtype: str = _knob(
         "auto",
-        "Arithmetic of the layers' linear layers: auto (as dtype) or int8 (weights and activations; fast with AVX-512 VNNI, slow without).",
+        "Arithmetic of the layers' linear layers: auto (as dtype) or int8 (weights and activations; faster with AVX-512 VNNI or AVX2, slow without).",
         choices=LINEAR_DTYPES,
     )
     kv_cache_bytes: int | None = _knob(None, "Most memory the KV pages may take, in bytes. Default: 85 % of the memory free after loading.")

@@ -27,11 +27,11 @@ from zen_turbo.errors import KernelError
 ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _INT8 = 2
 _NUM_VARIANTS = 3
-_PANEL_OUTPUTS = 64  # outputs of an 8-bit linear layer that lie together
+_PANEL_OUTPUTS = {torch.uint8: 64, torch.bfloat16: 16}  # outputs of a linear layer that lie together, by the dtype of its codes
 _TILE_PAGES = 16  # pages whose means lie together, as 16 keys of a page do
 
 _pointer = ctypes.c_void_p
@@ -752,49 +752,68 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor, *, num_threads: int | Non
 
 
 class PackedWeights(NamedTuple):
-    """A weight [outputs, inputs] on 8-bit integers, as ``csrc/linear.inl`` reads it.
+    """A weight [outputs, inputs] as the kernels of ``csrc/linear.inl`` read it.
 
-    codes: uint8 [panels, padded_inputs / 4, 64, 4]; scales: float32 [panels * 64], one per output; groups: equal parts of the inputs with a scale of
-    their own in every row of activations.
+    codes: uint8 [panels, padded_inputs / 4, 64, 4], or bfloat16 [panels, inputs, 16]; scales: float32 [panels * 64], one per output, or None
+    with bfloat16; groups: equal parts of the inputs with a scale of their own in every row of activations (1 with bfloat16).
     """
 
     codes: torch.Tensor
-    scales: torch.Tensor
+    scales: torch.Tensor | None
     inputs: int
     outputs: int
     groups: int
 
+    @property
+    def padded_outputs(self) -> int:
+        return self.codes.shape[0] * _PANEL_OUTPUTS[self.codes.dtype]
 
-def pack_weights(weight: torch.Tensor, *, most_group_inputs: int = 1024) -> PackedWeights:
+
+def _panels_of(weight: torch.Tensor, dtype: torch.dtype, padded_inputs: int) -> torch.Tensor:
+    """Room for a weight in whole panels: zeros of ``dtype``, [panels * panel outputs, padded_inputs]."""
+    panel = _PANEL_OUTPUTS[dtype]
+    return torch.zeros((-(-len(weight) // panel) * panel, padded_inputs), dtype=dtype)
+
+
+def pack_int8(weight: torch.Tensor, *, most_group_inputs: int = 1024) -> PackedWeights:
     """Quantise a weight, bf16 or f32 [outputs, inputs]: one scale per output, codes to nearest. Groups are as few as give at most
     ``most_group_inputs`` inputs each."""
     outputs, inputs = weight.shape
     fewest = -(-inputs // most_group_inputs)
     groups = next((count for count in range(fewest, 2 * fewest + 1) if inputs % (4 * count) == 0), fewest)  # equal parts without padding, if any
-    padded, panels = -(-inputs // (4 * groups)) * 4 * groups, -(-outputs // _PANEL_OUTPUTS)
+    codes = _panels_of(weight, torch.uint8, -(-inputs // (4 * groups)) * 4 * groups)
+    codes.fill_(128)
     largest = weight.float().abs().amax(dim=1)
-    scales = torch.zeros(panels * _PANEL_OUTPUTS)
+    scales = torch.zeros(len(codes))
     scales[:outputs] = largest / 127
-    codes = torch.full((panels * _PANEL_OUTPUTS, padded), 128, dtype=torch.uint8)
     inverse = torch.where(largest > 0, 127 / largest, torch.zeros(()))
     codes[:outputs, :inputs] = ((weight.float() * inverse[:, None]).round() + 128).to(torch.uint8)
-    tiles = codes.view(panels, _PANEL_OUTPUTS, padded // 4, 4).transpose(1, 2).contiguous()
+    tiles = codes.view(-1, _PANEL_OUTPUTS[torch.uint8], codes.shape[1] // 4, 4).transpose(1, 2).contiguous()
     return PackedWeights(tiles, scales, inputs, outputs, groups)
 
 
-def linear_int8(
-    x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: torch.Tensor | None = None, num_threads: int | None = None
-) -> None:
-    """out = x W^T + bias on 8-bit integers. x: bf16 or f32 [rows, inputs], quantised here per row and group; out: [rows, outputs] of the same
-    dtype; contiguous. bias: float32, padded to whole panels as the scales are. A row's result depends on that row alone, to the bit."""
+def pack_bf16(weight: torch.Tensor) -> PackedWeights:
+    """A bf16 weight [outputs, inputs] in panels, as it is."""
+    outputs, inputs = weight.shape
+    _need(weight.dtype == torch.bfloat16, f"the weight must be bfloat16, not {weight.dtype}")
+    panels = _panels_of(weight, torch.bfloat16, inputs)
+    panels[:outputs] = weight
+    return PackedWeights(panels.view(-1, _PANEL_OUTPUTS[torch.bfloat16], inputs).transpose(1, 2).contiguous(), None, inputs, outputs, 1)
+
+
+def linear(x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: torch.Tensor | None = None, num_threads: int | None = None) -> None:
+    """out = x W^T + bias. x: bf16 or f32 [rows, inputs]; with 8-bit weights it is quantised here, per row and group, otherwise products and sums
+    are in float32. out: [rows, outputs] of the same dtype; both contiguous. bias: float32 [padded_outputs]. A row's result depends on that row
+    alone, to the bit."""
     rows = x.shape[0]
     _need(x.shape == (rows, weights.inputs) and x.dtype in _DTYPES and x.is_contiguous(), f"x must be contiguous [rows, {weights.inputs}]")
     _need(out.shape == (rows, weights.outputs) and out.dtype == x.dtype and out.is_contiguous(), f"out must be {x.dtype} [{rows}, {weights.outputs}]")
-    _need(bias is None or (bias.dtype == torch.float32 and bias.shape == weights.scales.shape), "bias must be float32, padded like the scales")
+    padded = weights.padded_outputs
+    _need(bias is None or (bias.dtype == torch.float32 and bias.shape == (padded,)), f"bias must be float32 [{padded}]: whole panels")
     args = _LinearArgs(
         x.data_ptr(),
         weights.codes.data_ptr(),
-        weights.scales.data_ptr(),
+        weights.scales.data_ptr() if weights.scales is not None else None,
         bias.data_ptr() if bias is not None else None,
         out.data_ptr(),
         rows,

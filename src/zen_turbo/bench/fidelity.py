@@ -1,7 +1,7 @@
 """``zen-turbo bench fidelity``: what a sparse policy, int8 pages and int8 linear layers change, against dense attention with nothing quantised.
 
 A real text is cut to N tokens and read twice, that way and with the engine's settings, and the next-token distributions of its last
-``NUM_ROWS`` positions are compared. These rows are sparse too (in an answer the prompt's end would be dense), so the figures show the settings
+``NUM_ROWS`` positions are compared. These rows are sparse too (in an answer the prompt's end reads more), so the figures show the settings
 and nothing else:
 
     top1_agreement     share of positions at which both would say the same token

@@ -1,7 +1,7 @@
-"""The bf16 GEMM rate of this machine, now: the yardstick of every other number.
+"""The GEMM rate of this machine on bf16 operands, now: the yardstick of every other number.
 
-A rate is the best of several shapes and of two routes (oneDNN with the weight packed once, as our linear layers run, and plain
-``torch.mm``), each shape by its median. It is measured in the same run as what it is compared with, in turns with it, because machines are
+A rate is the best of several shapes and of two routes (``linear``: as our linear layers run; ``mm``: plain ``torch.mm``, in fp32 where this CPU
+has no bf16 products), each shape by its median. It is measured in the same run as what it is compared with, in turns with it, because machines are
 shared and clocks move; quote ratios, not rates.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from zen_turbo.models.linear import Linear, packing_available
+from zen_turbo.models.linear import fitting_linear, packing_available
 
 # rows, in_features, out_features
 Shape = tuple[int, int, int]
@@ -39,7 +39,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 class GemmBenchmark:
-    """Holds operands of every shape (bf16, normal noise). ``sample()`` runs each once; ``rate()`` sums up what was sampled so far."""
+    """Holds operands of every shape (normal noise). ``sample()`` runs each once; ``rate()`` sums up what was sampled so far."""
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -48,11 +48,11 @@ class GemmBenchmark:
             rows, inner, outer = shape
             x = torch.randn(rows, inner, generator=generator).bfloat16()
             weight = torch.randn(outer, inner, generator=generator).bfloat16()
-            if packing_available():
-                linear = Linear(weight)
-                self._work[shape, "packed"] = lambda x=x, linear=linear: linear(x)
-            w = weight.t().contiguous()
-            self._work[shape, "mm"] = lambda x=x, w=w: torch.mm(x, w)
+            linear = fitting_linear(weight)
+            self._work[shape, "linear"] = lambda x=x, linear=linear: linear(x)
+            multiplied = torch.bfloat16 if packing_available() else torch.float32
+            left, right = x.to(multiplied), weight.t().contiguous().to(multiplied)
+            self._work[shape, "mm"] = lambda left=left, right=right: torch.mm(left, right)
         self._seconds: dict[tuple[Shape, str], list[float]] = {key: [] for key in self._work}
         self._warm = False
 

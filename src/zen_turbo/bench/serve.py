@@ -28,6 +28,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ import psutil
 from zen_turbo.bench.prefill import engine_facts
 from zen_turbo.bench.report import Experiment, Row
 from zen_turbo.bench.text import read_tokens
-from zen_turbo.config import EngineConfig
+from zen_turbo.config import EngineConfig, flag_of
 from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.request import Event, Finished, SamplingParams
 from zen_turbo.errors import ConfigurationError, ZenTurboError
@@ -163,10 +164,10 @@ def flags_of(config: EngineConfig) -> list[str]:
     """The flags that give ``config`` on the command line."""
     flags: list[str] = []
     for knob in dataclasses.fields(config):
-        value, name = getattr(config, knob.name), knob.name.replace("_", "-")
+        value, flag = getattr(config, knob.name), flag_of(knob.name)
         if value == knob.default:
             continue
-        flags += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        flags += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
     return flags
 
 
@@ -394,21 +395,7 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def _all_at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Every call in a thread of its own; their results in order. The first exception is raised when all have ended."""
-    results: list[Any] = [None] * len(calls)
-    errors: list[BaseException] = []
-
-    def one(index: int, call: Callable[[], Any]) -> None:
-        try:
-            results[index] = call()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=one, args=(index, call)) for index, call in enumerate(calls)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
+    """Every call in a thread of its own; their results in order, or the first call's exception when all have ended."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        running = [threads.submit(call) for call in calls]
+    return [future.result() for future in running]

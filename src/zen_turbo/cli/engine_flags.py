@@ -11,11 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zen_turbo.config import EngineConfig
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
+from zen_turbo.config import EngineConfig, flag_of
 
 
 def engine_options(command: Callable[..., Any], *, without: tuple[str, ...] = ()) -> Callable[..., Any]:

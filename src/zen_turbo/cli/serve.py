@@ -16,7 +16,7 @@ from zen_turbo.cli.ask import DEFAULT_MODEL, MODEL_HELP, load_llm
 from zen_turbo.cli.engine_flags import engine_options
 from zen_turbo.config import EngineConfig
 from zen_turbo.errors import ConfigurationError
-from zen_turbo.server.file_store import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_QUOTA_BYTES
+from zen_turbo.server.settings import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_QUOTA_BYTES
 
 if TYPE_CHECKING:
     from zen_turbo.engine.engine import Engine

@@ -211,13 +211,13 @@ class Decoder:
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
 
-            def attend(qkv: torch.Tensor, index: int = index, windowed: bool = layer.window is not None) -> torch.Tensor:
+            def attend(qkv: torch.Tensor, index: int = index, window: int | None = layer.window) -> torch.Tensor:
                 attended = qkv.new_zeros((len(qkv), self.config.num_attention_heads * self.config.head_dim))
                 for row, (token, plan) in enumerate(zip(tokens, plans, strict=True)):
                     queries, kv = self._store(index, plan, qkv[row : row + 1], token.pages(index))
-                    if token.decode is None or windowed:
-                        lists = self.attention.select(plan, queries, kv, window=self._layers[index].window)
-                        attended[row : row + 1] = self.attention.attend(plan, queries, kv, lists, window=self._layers[index].window)
+                    if token.decode is None or window is not None:
+                        lists = self.attention.select(plan, queries, kv, window=window)
+                        attended[row : row + 1] = self.attention.attend(plan, queries, kv, lists, window=window)
                     else:
                         attended[row : row + 1] = self._attend_token(index, plan, queries, kv, token.decode)
                 return attended

@@ -1,4 +1,4 @@
-"""Linear layers: oneDNN bf16 with weights packed once, plain fp32, or 8-bit integers in a kernel of our own.
+"""Linear layers: oneDNN bf16 with weights packed once, plain fp32, or a kernel of our own on bf16 or 8-bit weights.
 
 Rows are processed in tiles of ``TILE_ROWS``. A fixed tile keeps the large intermediate of a gated MLP in the last-level cache and, more
 important, makes a row's result independent of the chunk it was computed in: oneDNN picks its blocking from the number of rows.
@@ -6,13 +6,17 @@ important, makes a row's result independent of the chunk it was computed in: one
 The packed path uses two private operators of torch (``mkldnn._reorder_linear_weight``, ``mkldnn._linear_pointwise``); a test pins them and
 ``packing_available`` tests for them, because eager ``F.linear`` would reorder the weight on every call.
 
-8-bit integers take half the memory and, where the CPU has an instruction for them, about half the time; what they cost is measured by
+oneDNN's bf16 needs AVX-512. Without it torch multiplies bf16 at an eighth of the rate of fp32, so our own kernel widens there: bf16 weights, fp32
+products and sums.
+
+8-bit integers take half the memory and, from AVX2 on, about half the time; what they cost is measured by
 ``bench fidelity --linear-dtype int8``.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,22 +62,33 @@ class Linear:
         return F.linear(x, self._weight, self._bias)
 
 
-class Int8Linear(Linear):
-    """The same on 8-bit integers: weights quantised once, activations row by row. Results have the dtype of the weight that it was made from."""
+class KernelLinear(Linear):
+    """The same by our own kernels. pack: what the weight becomes; results have the dtype of the weight."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, pack: Callable[[torch.Tensor], kernels.PackedWeights] = kernels.pack_bf16
+    ) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        self._weights = kernels.pack_weights(weight)
+        self._weights = pack(weight)
         self._bias = None
         if bias is not None:
-            self._bias = torch.zeros_like(self._weights.scales)
+            self._bias = torch.zeros(self._weights.padded_outputs)
             self._bias[: self.out_features] = bias.float()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty((len(x), self.out_features))
-        kernels.linear_int8(x, self._weights, out, bias=self._bias)
+        kernels.linear(x, self._weights, out, bias=self._bias)
         return out
 
 
-LINEARS = {"auto": Linear, "int8": Int8Linear}
+def fitting_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """The fastest layer of this CPU that keeps the weight as it is."""
+    kind = KernelLinear if weight.dtype == torch.bfloat16 and not packing_available() else Linear
+    return kind(weight, bias)
+
+
+# Weights on 8-bit integers; activations are quantised row by row.
+int8_linear = functools.partial(KernelLinear, pack=kernels.pack_int8)
+
+LINEARS: dict[str, Callable[..., Linear]] = {"auto": fitting_linear, "int8": int8_linear}

@@ -20,6 +20,8 @@ from zen_turbo.engine.request import Event, Failed, Finished, SamplingParams
 from zen_turbo.engine.service import EngineService, RequestStream
 from zen_turbo.errors import ZenTurboError
 from zen_turbo.server import errors
+from zen_turbo.server.schemas import GenerationRequest
+from zen_turbo.server.served import ServedModel
 from zen_turbo.server.slow_answers import CancellingResponse, answer_when_done
 
 # Some clients count parsed chunks, not bytes: after this long without one they get an empty one.
@@ -87,24 +89,17 @@ def cancel_all(streams: Sequence[RequestStream]) -> None:
         stream.cancel()
 
 
-async def respond(
-    request: Request,
-    streams: Sequence[RequestStream],
-    writer: Writer,
-    *,
-    streamed: bool,
-    keep_alive_s: float,
-    pad: bool,
-) -> Response:
-    """The response to a body whose requests are submitted. pad: see ``answer_when_done``."""
+async def respond(request: Request, served: ServedModel, asked: GenerationRequest, streams: Sequence[RequestStream], writer: Writer) -> Response:
+    """The response to a body, ``asked``, whose requests are submitted."""
 
     def cancel() -> None:
         cancel_all(streams)
 
-    if streamed:
-        body = stream_body(streams, writer, keep_alive_s=keep_alive_s)
+    if asked.stream:
+        body = stream_body(streams, writer, keep_alive_s=asked.sse_ping_interval or served.keep_alive_s)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return CancellingResponse(body, cancel=cancel, media_type="text/event-stream", headers=headers)
+    pad = served.operations.settings.pad_slow_answers
     return await answer_when_done(request, whole_answer(streams, writer), cancel=cancel, pad=pad)
 
 
@@ -114,34 +109,27 @@ def sse(value: Mapping[str, Any], *, event: str | None = None) -> bytes:
 
 
 async def stream_body(streams: Sequence[RequestStream], writer: Writer, *, keep_alive_s: float) -> AsyncIterator[bytes]:
-    """The body of a streamed answer. A client that leaves cancels this generator, and that cancels the requests."""
-    running = dict(enumerate(streams))
-    try:
-        for part in writer.begin():
-            yield part
-        last_chunk = time.monotonic()
-        async for choice, event in _merged(streams, keep_alive_s):
-            if event is None:
-                if time.monotonic() - last_chunk < EMPTY_CHUNK_AFTER_S:
-                    yield b": keep-alive\n\n"
-                    continue
-                parts = writer.pause()
-            elif isinstance(event, Failed):
-                del running[choice]
-                for part in writer.fail(event.error):
-                    yield part
-                return
-            else:
-                if isinstance(event, Finished):
-                    del running[choice]
-                parts = writer.take(choice, event)
-            for part in parts:
+    """The body of a streamed answer, to its end or the first error. Whoever sends it cancels the requests that are still running then."""
+    for part in writer.begin():
+        yield part
+    last_chunk = time.monotonic()
+    async for choice, event in _merged(streams, keep_alive_s):
+        if event is None:
+            if time.monotonic() - last_chunk < EMPTY_CHUNK_AFTER_S:
+                yield b": keep-alive\n\n"
+                continue
+            parts = writer.pause()
+        elif isinstance(event, Failed):
+            for part in writer.fail(event.error):
                 yield part
-                last_chunk = time.monotonic()
-        for part in writer.end():
+            return
+        else:
+            parts = writer.take(choice, event)
+        for part in parts:
             yield part
-    finally:
-        cancel_all(list(running.values()))
+            last_chunk = time.monotonic()
+    for part in writer.end():
+        yield part
 
 
 async def whole_answer(streams: Sequence[RequestStream], writer: Writer) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from zen_turbo.errors import InvalidRequestError
 from zen_turbo.server import answering, chat, completions, errors, openapi, page, responses
 from zen_turbo.server import files as files_api
 from zen_turbo.server.errors import LoadingError
-from zen_turbo.server.file_store import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_QUOTA_BYTES, FileStore
+from zen_turbo.server.file_store import FileStore
 from zen_turbo.server.operations import Operations
 from zen_turbo.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse, parse_generation
 from zen_turbo.server.served import ServedModel
-from zen_turbo.server.settings import ServerSettings
+from zen_turbo.server.settings import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_QUOTA_BYTES, ServerSettings
 
 DEFAULT_MAX_TOKENS = 4096
 

@@ -45,14 +45,7 @@ def install(app: FastAPI, served: ServedModel, expand: Expand) -> None:
             include_usage=chat.include_usage,
             return_progress=bool(chat.return_progress),
         )
-        return await answering.respond(
-            request,
-            admitted.streams,
-            writer,
-            streamed=bool(chat.stream),
-            keep_alive_s=chat.sse_ping_interval or served.keep_alive_s,
-            pad=served.operations.settings.pad_slow_answers,
-        )
+        return await answering.respond(request, served, chat, admitted.streams, writer)
 
     def admit_body(body: bytes, request_id: str) -> Admitted:
         return admit(served, parse_generation(ChatRequest, body), request_id, expand)

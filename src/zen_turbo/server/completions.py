@@ -69,14 +69,7 @@ def install(app: FastAPI, served: ServedModel) -> None:
         request_id = f"cmpl-{uuid.uuid4().hex}"
         asked, prompts, streams = await asyncio.to_thread(admit, await request.body(), request_id)
         writer = CompletionWriter(asked, prompts, request_id=request_id, model=served.name, tokenizer=served.engine.tokenizer)
-        return await answering.respond(
-            request,
-            streams,
-            writer,
-            streamed=bool(asked.stream),
-            keep_alive_s=asked.sse_ping_interval or served.keep_alive_s,
-            pad=served.operations.settings.pad_slow_answers,
-        )
+        return await answering.respond(request, served, asked, streams, writer)
 
     def admit(body: bytes, request_id: str) -> tuple[CompletionRequest, list[_Prompt], list[RequestStream]]:
         engine = served.engine

@@ -31,14 +31,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from zen_turbo.errors import ConfigurationError, DocumentError, FileQuotaExceededError, ReadersBusyError, UploadedFileNotFoundError
+from zen_turbo.server.settings import DEFAULT_QUOTA_BYTES
 from zen_turbo.text.documents import Document, Reading, documents_text, read_file
 from zen_turbo.text.readers.apart import ReaderProcess
 from zen_turbo.text.readers.limits import Limits
 
 logger = logging.getLogger("zen_turbo.server")
 
-DEFAULT_MAX_UPLOAD_BYTES = 150 << 20  # DashScope's limit of one document
-DEFAULT_QUOTA_BYTES = 4 << 30
 MAX_FILES = 10_000  # beside bytes, because every file costs memory and directory entries however small it is
 # Each may take the memory of Limits. Uploads wait for their turn; a request with an inline file does not, because it would wait in one of the
 # few threads in which all requests are tokenised.

@@ -142,14 +142,8 @@ def install(app: FastAPI, served: ServedModel, expand: Expand) -> None:
     async def answer(request: Request) -> Response:
         response_id = f"resp_{uuid.uuid4().hex}"
         asked, admitted = await asyncio.to_thread(admit_body, await request.body(), response_id)
-        return await answering.respond(
-            request,
-            admitted.streams,
-            ResponseWriter(asked, admitted.form, response_id=response_id, model=served.name),
-            streamed=bool(asked.stream),
-            keep_alive_s=asked.sse_ping_interval or served.keep_alive_s,
-            pad=served.operations.settings.pad_slow_answers,
-        )
+        writer = ResponseWriter(asked, admitted.form, response_id=response_id, model=served.name)
+        return await answering.respond(request, served, asked, admitted.streams, writer)
 
     def admit_body(body: bytes, response_id: str) -> tuple[ResponsesRequest, Admitted]:
         asked = parse_generation(ResponsesRequest, body)

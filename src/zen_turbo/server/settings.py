@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.server.keys import KeyRing
 
+DEFAULT_MAX_UPLOAD_BYTES = 150 << 20  # DashScope's limit of one document
+DEFAULT_QUOTA_BYTES = 4 << 30
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
