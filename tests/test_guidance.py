@@ -117,7 +117,7 @@ def test_an_answer_is_valid_for_its_schema(engine: Engine, name: str) -> None:
     schema = SCHEMAS[name]
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
-    results = answers(engine, of_schema(schema), count=6, logit_bias=ends(engine))
+    results = answers(engine, of_schema(schema), count=10, logit_bias=ends(engine))
     ended = [text for text, reason in results if reason == "stop"]
     assert len(ended) >= 3
     for text in ended:

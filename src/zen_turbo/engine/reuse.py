@@ -163,7 +163,7 @@ class Reuse:
         count = min(count, self._pool.num_free)
         if count <= 0:
             return
-        slots = self._pool.allocate(count)
+        slots = self._pool.allocate_run(count)
         keys = [chain.key(page) for page in range(first, first + count)]
         loaded = store.load(keys, request.tokens[first * PAGE_TOKENS : (first + count) * PAGE_TOKENS], slots)
         notes = [Note.from_bytes(note) if note else None for note in loaded.notes]

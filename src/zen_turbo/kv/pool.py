@@ -4,24 +4,30 @@ One memory map, anonymous or of a file, committed by the operating system as pag
 [num_layers, num_slots, num_key_value_heads, page_bytes]: a layer's slots lie together, so that a huge page serves many of them. Summaries
 have a map of their own, so that scoring all pages of a layer reads one stretch of memory. Slots are
 reference-counted, because sequences that share a prefix share its full pages read-only. Allocation takes the slot freed last (still warm in
-cache and already committed), else the lowest slot never used.
+cache and already committed), else the lowest slot never used. Pages that lie in a file can be mapped over slots instead of being copied.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import mmap
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from zen_turbo.errors import InsufficientMemoryError
 from zen_turbo.kv.geometry import PageGeometry
+from zen_turbo.kv.mapping import can_map, map_over
+
+_RUN_SLOTS = 64  # so many rows of any block are whole pages of the operating system
+_MOST_MAPPED = 24_000  # of the 65,530 mappings that Linux allows a process: two prompts of a million tokens; what comes later is copied
 
 
 class PagePool:
@@ -33,7 +39,8 @@ class PagePool:
         self._folder = folder
         self.geometry = geometry
         self.num_slots = num_slots
-        shape = (geometry.num_layers, num_slots, geometry.num_key_value_heads)
+        room = -(-num_slots // _RUN_SLOTS) * _RUN_SLOTS  # every layer's slots begin where a file can be mapped
+        shape = (geometry.num_layers, room, geometry.num_key_value_heads)
         self._maps: list[mmap.mmap] = []
         self._storage: torch.Tensor | None = self._allocate(torch.uint8, (*shape, geometry.page_bytes))
         self._summaries: torch.Tensor | None = None
@@ -42,6 +49,7 @@ class PagePool:
         self._references = [0] * num_slots
         self._free: list[int] = []
         self._next_unused = 0
+        self._num_mapped = 0
 
     def _allocate(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         size = math.prod(shape) * dtype.itemsize
@@ -62,30 +70,34 @@ class PagePool:
     def layer(self, index: int) -> torch.Tensor:
         """uint8 [num_slots, num_key_value_heads, page_bytes]."""
         assert self._storage is not None, "the pool is closed"
-        return self._storage[index]
+        return self._storage[index, : self.num_slots]
 
     def layer_summaries(self, index: int) -> torch.Tensor | None:
         """float32 [num_slots, num_key_value_heads, 3, head_dim], or None where they are not kept."""
-        return None if self._summaries is None else self._summaries[index]
+        return None if self._summaries is None else self._summaries[index, : self.num_slots]
 
-    def read_slot(self, slot: int) -> bytes:
-        """Everything a slot holds, ``geometry.slot_bytes``: pages of every layer and KV head, then their summaries."""
+    def blocks(self) -> list[np.ndarray]:
+        """All that slots hold: every layer's pages, then every layer's summaries, each uint8 [num_slots, bytes]. Views of the memory itself."""
         assert self._storage is not None, "the pool is closed"
-        parts = [self._storage[:, slot].numpy()]
-        if self._summaries is not None:
-            parts.append(self._summaries[:, slot].numpy())
-        return b"".join(part.tobytes() for part in parts)
+        parts = [self._storage] if self._summaries is None else [self._storage, self._summaries.view(torch.uint8)]
+        return [layer.reshape(len(layer), -1)[: self.num_slots] for part in parts for layer in part.numpy()]
 
-    def write_slot(self, slot: int, content: bytes | bytearray) -> None:
-        """What ``read_slot`` gave, of the same geometry."""
-        assert self._storage is not None, "the pool is closed"
-        assert len(content) == self.geometry.slot_bytes
-        pages = self._storage[:, slot]
-        pages.copy_(torch.frombuffer(content, dtype=torch.uint8, count=pages.numel()).view(pages.shape))
-        if self._summaries is not None:
-            summaries = self._summaries[:, slot]
-            values = torch.frombuffer(content, dtype=torch.float32, count=summaries.numel(), offset=pages.numel())
-            summaries.copy_(values.view(summaries.shape))
+    def fill(self, block: np.ndarray, slots: Sequence[int], descriptor: int, offset: int) -> None:
+        """Put the rows that lie together in a file from ``offset`` on into these slots of one of the ``blocks``: mapped where slots and file lie on
+        the same bounds, copied elsewhere. Raises OSError."""
+        row, mapped = block.shape[1], 0
+        address = block.ctypes.data + slots[0] * row
+        if self._num_mapped < _MOST_MAPPED and can_map(address, offset) and slots[-1] - slots[0] == len(slots) - 1:
+            step = math.lcm(row, mmap.PAGESIZE) // row
+            mapped = len(slots) // step * step
+        if mapped:
+            map_over(address, mapped * row, descriptor, offset)
+            self._num_mapped += 1
+        if mapped < len(slots):
+            content = os.pread(descriptor, (len(slots) - mapped) * row, offset + mapped * row)
+            if len(content) != (len(slots) - mapped) * row:
+                raise OSError(errno.EIO, "the file is too short")
+            block[slots[mapped:]] = np.frombuffer(content, np.uint8).reshape(-1, row)
 
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` slots, each with one reference. Raises InsufficientMemoryError and takes none if there are too few."""
@@ -99,6 +111,18 @@ class PagePool:
         slots = [self._free.pop() for _ in range(reused)]
         slots += range(self._next_unused, self._next_unused + count - reused)
         self._next_unused += count - reused
+        for slot in slots:
+            self._references[slot] = 1
+        return slots
+
+    def allocate_run(self, count: int) -> list[int]:
+        """The same, as consecutive slots from a bound on that a file can be mapped over, if so many were never used."""
+        first = -(-self._next_unused // _RUN_SLOTS) * _RUN_SLOTS
+        if count <= 0 or first + count > self.num_slots:
+            return self.allocate(count)
+        self._free += reversed(range(self._next_unused, first))
+        self._next_unused = first + count
+        slots = list(range(first, first + count))
         for slot in slots:
             self._references[slot] = 1
         return slots

@@ -4,15 +4,19 @@ A store is a folder. Below it every identity (the hash of model, rotations, poli
 own, named after it and the format, so that pages of another model or of another version are not even looked at. Pages are written in
 **segments** of up to ``SEGMENT_PAGES`` pages, each two files:
 
-    NAME.pages      the records, one per page: all layers' keys and values, then summaries, as they lie in the pool
-    NAME.manifest   JSON: for each record its key, its 64 tokens, a SHA-256 and its note; then a SHA-256 of the manifest itself
+    NAME.pages      what the pages hold, as it lies in the pool: every layer's keys and values of all pages, then every layer's summaries, each
+                    from a multiple of 4,096 bytes on
+    NAME.manifest   JSON: the key, the 64 tokens and the note of each page, a SHA-256 of the other file, then one of the manifest itself
 
 A segment is written once and never changed. Its manifest comes last, by an atomic rename after the records are on disk: what has no manifest does
 not exist, so a crash at any moment leaves at most a file that nobody reads, which the next writer removes. Deleting goes the other way round.
 
-Reading trusts nothing: a record counts only if its length, its tokens and its SHA-256 are right. A segment with anything wrong is set aside
-and its pages are computed again. Writing happens in a thread behind the engine; when it fails (full disk, read-only folder) the store stops
-writing with one warning and everything else goes on.
+Reading trusts nothing: a page counts only if its tokens and its segment's length and SHA-256 are right. A segment with anything wrong is set
+aside and its pages are computed again. What is right is mapped over the pool's memory: a restart copies nothing, and attention reads what it selects
+from the system's page cache. (As with any mapped file, a stranger who cuts a segment short in place while it is in use ends the process.)
+
+Writing happens in a thread behind the engine; when it fails (full disk, read-only folder) the store stops writing with one warning and everything
+else goes on.
 
 Any number of processes may use one store: names are unique, files appear and disappear whole, and temporary files are locked by their writer.
 ``quota_bytes`` bounds the whole folder; segments used least recently (the manifest's time) are deleted first.
@@ -25,6 +29,7 @@ import base64
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -42,8 +47,9 @@ import numpy as np
 from zen_turbo.config import PAGE_TOKENS
 from zen_turbo.kv.pool import PagePool
 
-FORMAT = 1
+FORMAT = 2
 SEGMENT_PAGES = 64
+_ALIGNMENT = 4096
 _LOG = logging.getLogger(__name__)
 _HASHERS = 2  # threads that read and check
 
@@ -64,13 +70,32 @@ class Loaded(NamedTuple):
     notes: list[bytes]
 
 
-@dataclass(frozen=True)
-class _Record:
-    segment: Path  # without suffix
-    index: int
-    tokens: bytes  # int32
-    sha256: str
+class ManifestPage(NamedTuple):
+    """tokens: int32."""
+
+    key: bytes
+    tokens: bytes
     note: bytes
+
+
+class Manifest(NamedTuple):
+    """num_bytes, sha256: of the file of pages."""
+
+    pages: list[ManifestPage]
+    num_bytes: int
+    sha256: str
+
+
+class _Record(NamedTuple):
+    """Where a page is. segment: without suffix."""
+
+    segment: Path
+    manifest: Manifest
+    index: int
+
+    @property
+    def page(self) -> ManifestPage:
+        return self.manifest.pages[self.index]
 
 
 @dataclass(frozen=True)
@@ -114,10 +139,6 @@ class PageStore:
         self._thread.start()
         atexit.register(self.close)  # what was read for an hour is kept though nobody closes the engine
 
-    @property
-    def record_bytes(self) -> int:
-        return self._pool.geometry.slot_bytes
-
     # Reading.
 
     def find(self, keys: Sequence[bytes]) -> int:
@@ -129,7 +150,7 @@ class PageStore:
         return count
 
     def load(self, keys: Sequence[bytes], tokens: Sequence[int], slots: Sequence[int]) -> Loaded:
-        """Copy pages with these keys (``find`` said that they are there) into ``slots``, checking every one; tokens: 64 for each. Stops before
+        """Put pages with these keys (``find`` said that they are there) into ``slots``, checking every one; tokens: 64 for each. Stops before
         the first that is wrong or gone."""
         wanted = np.asarray(tokens, dtype=np.int32).reshape(len(keys), PAGE_TOKENS)
         records = [self._records[key] for key in keys]
@@ -139,26 +160,28 @@ class PageStore:
         good = np.zeros(len(keys), dtype=bool)
 
         def read(segment: Path, places: list[int]) -> None:
+            first = records[places[0]]
             try:
                 with segment.with_suffix(".pages").open("rb") as file:
-                    buffer = bytearray(self.record_bytes)
-                    for at in places:
-                        file.seek(records[at].index * self.record_bytes)
-                        whole = file.readinto(buffer) == self.record_bytes
-                        if not whole or records[at].tokens != wanted[at].tobytes() or hashlib.sha256(buffer).hexdigest() != records[at].sha256:
-                            self._set_aside(segment, f"record {records[at].index} is damaged")
-                            return
-                        self._pool.write_slot(slots[at], buffer)
-                        good[at] = True
+                    if hashlib.file_digest(file, "sha256").hexdigest() != first.manifest.sha256:
+                        raise OSError("its pages are damaged")
+                    if any(records[at].page.tokens != wanted[at].tobytes() for at in places):
+                        raise OSError("its tokens are others")
+                    offsets = _offsets(self._pool, len(first.manifest.pages))
+                    for run in _runs(places, [records[at].index for at in places]):
+                        for block, offset in zip(self._pool.blocks(), offsets, strict=False):
+                            begin = offset + records[run[0]].index * block.shape[1]
+                            self._pool.fill(block, [slots[at] for at in run], file.fileno(), begin)
+                good[places] = True
                 os.utime(segment.with_suffix(".manifest"))
-            except OSError as error:  # deleted meanwhile, or the disk fails
+            except OSError as error:  # or deleted meanwhile, or the disk fails
                 self._set_aside(segment, str(error))
 
         with ThreadPoolExecutor(_HASHERS) as threads:
             # Deepest first: what begins a prefix was used last, and is deleted last.
             list(threads.map(lambda item: read(*item), reversed(by_segment.items())))
         count = len(keys) if good.all() else int(good.argmin())
-        return Loaded(count, [record.note for record in records[:count]])
+        return Loaded(count, [record.page.note for record in records[:count]])
 
     def _refresh(self) -> None:
         """Read manifests that are new."""
@@ -169,14 +192,16 @@ class PageStore:
         for name in names - self._known:
             segment = self._folder / name
             try:
-                pages = read_manifest(segment, self.record_bytes)
+                manifest = read_manifest(segment)
+                if manifest.num_bytes != _offsets(self._pool, len(manifest.pages))[-1]:
+                    raise ValueError("its pages have another size")
             except (OSError, ValueError) as error:
                 self._set_aside(segment, str(error))
                 continue
             finally:
                 self._known.add(name)
-            for index, page in enumerate(pages):
-                self._records.setdefault(page.key, _Record(segment, index, page.tokens, page.sha256, page.note))
+            for index, page in enumerate(manifest.pages):
+                self._records.setdefault(page.key, _Record(segment, manifest, index))
         gone = self._known - names
         if gone:
             self._known -= gone
@@ -249,25 +274,22 @@ class PageStore:
         self._remove_stale()
         segment = self._folder / uuid.uuid4().hex
         temporary = segment.with_suffix(".pages.tmp")
-        entries = []
+        slots, digest = [page.slot for page in pages], hashlib.sha256()
         try:
             with temporary.open("xb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                for page in pages:
-                    record = self._pool.read_slot(page.slot)
-                    file.write(record)
-                    entries.append(
-                        {
-                            "key": page.key.hex(),
-                            "tokens": _text(np.asarray(page.tokens, dtype=np.int32).tobytes()),
-                            "sha256": hashlib.sha256(record).hexdigest(),
-                            "note": _text(page.note),
-                        }
-                    )
+                for block, size in zip(self._pool.blocks(), _sizes(self._pool, len(pages)), strict=True):
+                    content = block[slots].tobytes().ljust(size, b"\0")
+                    digest.update(content)
+                    file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, segment.with_suffix(".pages"))
-                body = {"format": FORMAT, "record_bytes": self.record_bytes, "pages": entries}
+                entries = [
+                    {"key": page.key.hex(), "tokens": _text(np.asarray(page.tokens, dtype=np.int32).tobytes()), "note": _text(page.note)}
+                    for page in pages
+                ]
+                body = {"format": FORMAT, "bytes": _offsets(self._pool, len(pages))[-1], "pages_sha256": digest.hexdigest(), "pages": entries}
                 body["sha256"] = _digest(body)
                 _write_atomic(segment.with_suffix(".manifest"), json.dumps(body).encode())
         except BaseException:
@@ -299,33 +321,22 @@ class PageStore:
         _LOG.warning("The page store %s is not written any more: %s", self._root, error)
 
 
-class ManifestPage(NamedTuple):
-    key: bytes
-    tokens: bytes
-    sha256: str
-    note: bytes
-
-
-def read_manifest(segment: Path, record_bytes: int | None = None) -> list[ManifestPage]:
-    """Raises OSError, and ValueError for one that is damaged, of another format, or does not fit its records."""
+def read_manifest(segment: Path) -> Manifest:
+    """Raises OSError, and ValueError for one that is damaged, of another format, or does not fit its pages."""
     try:
         body = json.loads(segment.with_suffix(".manifest").read_bytes())
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise ValueError("the manifest has another format")
         if body.pop("sha256", None) != _digest(body):
             raise ValueError("the manifest is damaged")
-        size = int(body["record_bytes"])
-        pages = [
-            ManifestPage(bytes.fromhex(page["key"]), _bytes(page["tokens"]), page["sha256"], _bytes(page["note"])) for page in body["pages"]
-        ]
+        pages = [ManifestPage(bytes.fromhex(page["key"]), _bytes(page["tokens"]), _bytes(page["note"])) for page in body["pages"]]
+        manifest = Manifest(pages, int(body["bytes"]), body["pages_sha256"])
     except (KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"the manifest is damaged ({type(error).__name__})") from error
-    if record_bytes not in (None, size):
-        raise ValueError(f"records have {size} bytes, not {record_bytes}")
     found = segment.with_suffix(".pages").stat().st_size
-    if found != size * len(pages):
-        raise ValueError(f"{len(pages)} records have {size * len(pages)} bytes, the file has {found}")
-    return pages
+    if found != manifest.num_bytes:
+        raise ValueError(f"the pages have {manifest.num_bytes} bytes, the file has {found}")
+    return manifest
 
 
 def segments_of(folder: Path) -> list[SegmentFacts]:
@@ -342,17 +353,16 @@ def segments_of(folder: Path) -> list[SegmentFacts]:
 def verify(folder: Path, on_segment: Callable[[SegmentFacts], None]) -> None:
     """Read every segment whole and say what is wrong with it."""
     for facts in segments_of(folder):
-        segment, problem, pages = folder / facts.identity / facts.name, None, []
+        segment, problem, num_pages = folder / facts.identity / facts.name, None, 0
         try:
-            pages = read_manifest(segment)
+            manifest = read_manifest(segment)
+            num_pages = len(manifest.pages)
             with segment.with_suffix(".pages").open("rb") as file:
-                size = segment.with_suffix(".pages").stat().st_size // max(len(pages), 1)
-                for index, page in enumerate(pages):
-                    if hashlib.sha256(file.read(size)).hexdigest() != page.sha256:
-                        raise ValueError(f"record {index} is damaged")
+                if hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:
+                    raise ValueError("its pages are damaged")
         except (OSError, ValueError) as error:
             problem = str(error)
-        on_segment(SegmentFacts(facts.identity, facts.name, len(pages), facts.num_bytes, facts.last_used, problem))
+        on_segment(SegmentFacts(facts.identity, facts.name, num_pages, facts.num_bytes, facts.last_used, problem))
 
 
 def remove_segment(segment: Path) -> None:
@@ -360,6 +370,27 @@ def remove_segment(segment: Path) -> None:
     for suffix in (".manifest", ".pages"):
         with contextlib.suppress(OSError):
             segment.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _sizes(pool: PagePool, num_pages: int) -> list[int]:
+    """Bytes of each block in a segment of so many pages, rounded up to what can be mapped."""
+    return [-(-num_pages * block.shape[1] // _ALIGNMENT) * _ALIGNMENT for block in pool.blocks()]
+
+
+def _offsets(pool: PagePool, num_pages: int) -> list[int]:
+    """Where each block begins in such a segment; then the size of the segment."""
+    return [0, *itertools.accumulate(_sizes(pool, num_pages))]
+
+
+def _runs(places: Sequence[int], indices: Sequence[int]) -> list[list[int]]:
+    """``places`` in stretches in which both they and their indices count up by one."""
+    runs: list[list[int]] = []
+    for number, place in enumerate(places):
+        if number and place == places[number - 1] + 1 and indices[number] == indices[number - 1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
 
 
 def _digest(body: dict[str, Any]) -> str:
