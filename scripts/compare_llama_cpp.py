@@ -180,9 +180,9 @@ def row_of(length: int, runs: dict[Setting | None, list[dict[str, Any]]], tried:
 def compare(options: argparse.Namespace) -> None:
     from zen_turbo.bench.report import Experiment
     from zen_turbo.bench.text import fingerprint, read_tokens
-    from zen_turbo.kernels import usable_cpus
     from zen_turbo.models.catalogue import resolve_model
     from zen_turbo.models.loader import load_checkpoint
+    from zen_turbo.native import usable_cpus
     from zen_turbo.text.tokenizer import load_tokenizer
 
     path = resolve_model(options.model)

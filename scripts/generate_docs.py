@@ -21,8 +21,8 @@ from zen_turbo import errors
 from zen_turbo.cli import DEBUG_ENVIRONMENT, app
 from zen_turbo.config import EngineConfig, flag_of
 from zen_turbo.evals.heatmap import length_text, read_json
-from zen_turbo.kernels import ISA_ENVIRONMENT, ISAS
 from zen_turbo.models.catalogue import CACHE_ENVIRONMENT
+from zen_turbo.native import ISA_ENVIRONMENT, ISAS
 from zen_turbo.server.keys import KEY_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent

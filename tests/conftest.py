@@ -59,9 +59,9 @@ ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once under each instruction set; those that this CPU lacks are skipped by name."""
-    from zen_turbo import kernels
+    from zen_turbo import native
 
-    if request.param not in kernels.available_isas():
+    if request.param not in native.available_isas():
         pytest.skip(f"this CPU has no {request.param}")
-    with kernels.use_isa(request.param):
+    with native.use_isa(request.param):
         yield request.param

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from zen_turbo import kernels
+from zen_turbo import kernels, native
 from zen_turbo.attention import blocks, dca, reference
 from zen_turbo.attention.attend import Attention
 from zen_turbo.attention.dca import DualChunk
@@ -355,13 +355,13 @@ def test_arguments_that_do_not_fit_are_refused(change: dict[str, object], words:
 
 
 def test_an_unknown_instruction_set_is_an_error() -> None:
-    with pytest.raises(KernelError, match="no such instruction set"), kernels.use_isa("sse9"):
+    with pytest.raises(KernelError, match="no such instruction set"), native.use_isa("sse9"):
         pass
 
 
 @pytest.mark.parametrize("name", ["scalar", "nonsense"])
 def test_the_environment_forces_the_instruction_set(name: str) -> None:
-    code = "from zen_turbo import kernels; print(kernels.describe()['isa'], kernels.describe()['reason'])"
+    code = "from zen_turbo import native; print(native.describe()['isa'], native.describe()['reason'])"
     environment = {**os.environ, "ZEN_TURBO_ISA": name}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if name == "scalar":

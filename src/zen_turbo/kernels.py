@@ -1,197 +1,20 @@
-"""Typed, checked wrappers of the native kernels: the only file that touches the native library.
-
-The library has a C ABI (``csrc/kernels.h``), so it is loaded with ctypes, which releases the GIL during a call. Every wrapper checks shapes,
-dtypes, contiguity and bounds here, because the native side trusts its arguments. Torch is imported first so that both share one OpenMP
-runtime and its threads.
-
-ISA: chosen by CPUID when the library loads, best first (avx512_bf16, avx512, avx2, scalar); the environment variable ``ZEN_TURBO_ISA``
-forces one and fails if the CPU lacks it.
-"""
+"""Typed, checked wrappers of the native kernels. Every wrapper checks shapes, dtypes, contiguity and bounds here, because the native side trusts
+its arguments."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import importlib.metadata
-import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from zen_turbo import native
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.errors import KernelError
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
 HEAD_DIMS = (64, 80, 96, 128, 256)
-ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 8
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _INT8 = 2
-_NUM_VARIANTS = 3
 _PANEL_OUTPUTS = {torch.uint8: 64, torch.bfloat16: 16}  # outputs of a linear layer that lie together, by the dtype of its codes
 _TILE_PAGES = 16  # pages whose means lie together, as 16 keys of a page do
-
-_pointer = ctypes.c_void_p
-_int64 = ctypes.c_int64
-_int32 = ctypes.c_int32
-_float = ctypes.c_float
-
-
-class _PageView(ctypes.Structure):
-    _fields_ = (
-        ("pages", _pointer),
-        ("slot_stride", _int64),
-        ("head_stride", _int64),
-        ("page_table", _pointer),
-        ("num_pages", _int64),
-        ("open", _pointer),
-        ("open_head_stride", _int64),
-        ("open_page", _int64),
-        ("dtype", _int32),
-    )
-
-
-class _AttendArgs(ctypes.Structure):
-    _fields_ = (
-        ("q", _pointer * _NUM_VARIANTS),
-        ("q_row_stride", _int64),
-        ("q_head_stride", _int64),
-        ("out", _pointer),
-        ("out_row_stride", _int64),
-        ("out_head_stride", _int64),
-        ("lse", _pointer),
-        ("logit_factor", _pointer),
-        ("kv", _PageView),
-        ("list_offsets", _pointer),
-        ("list_entries", _pointer),
-        ("heads_per_list", _int64),
-        ("num_rows", _int64),
-        ("first_position", _int64),
-        ("window", _int64),
-        ("q_heads", _int32),
-        ("kv_heads", _int32),
-        ("head_dim", _int32),
-        ("dtype", _int32),
-        ("scale", _float),
-        ("num_threads", _int32),
-    )
-
-
-class _StoreArgs(ctypes.Structure):
-    _fields_ = (
-        ("qkv", _pointer),
-        ("qkv_row_stride", _int64),
-        ("q_out", _pointer * _NUM_VARIANTS),
-        ("q_row_stride", _int64),
-        ("q_head_stride", _int64),
-        ("cos", _pointer * _NUM_VARIANTS),
-        ("sin", _pointer * _NUM_VARIANTS),
-        ("angle_row_stride", _int64 * _NUM_VARIANTS),
-        ("q_norm", _pointer),
-        ("k_norm", _pointer),
-        ("norm_eps", _float),
-        ("kv", _PageView),
-        ("summaries", _pointer),
-        ("summary_slot_stride", _int64),
-        ("num_rows", _int64),
-        ("first_position", _int64),
-        ("q_heads", _int32),
-        ("kv_heads", _int32),
-        ("head_dim", _int32),
-        ("dtype", _int32),
-        ("num_threads", _int32),
-    )
-
-
-class _SelectArgs(ctypes.Structure):
-    _fields_ = (
-        ("q", _pointer * _NUM_VARIANTS),
-        ("q_row_stride", _int64),
-        ("q_head_stride", _int64),
-        ("logit_factor", _pointer),
-        ("summaries", _pointer),
-        ("summary_slot_stride", _int64),
-        ("page_table", _pointer),
-        ("mass", _pointer),
-        ("bits", _pointer),
-        ("counts", _pointer),
-        ("energies", _pointer),
-        ("num_rows", _int64),
-        ("first_position", _int64),
-        ("span_pages", _int64),
-        ("sink_pages", _int64),
-        ("local_pages", _int64),
-        ("most_pages", _int64),
-        ("bound_pages", _int64),
-        ("sample_rows", _int64),
-        ("packed", _pointer * 2),
-        ("packed_tiles", _int64 * 2),
-        ("valid_tiles", _int64 * 2),
-        ("q_heads", _int32),
-        ("kv_heads", _int32),
-        ("head_dim", _int32),
-        ("dtype", _int32),
-        ("scale", _float),
-        ("per_kv_head", _int32),
-        ("num_threads", _int32),
-    )
-
-
-class _LinearArgs(ctypes.Structure):
-    _fields_ = (
-        ("x", _pointer),
-        ("weights", _pointer),
-        ("weight_scales", _pointer),
-        ("bias", _pointer),
-        ("out", _pointer),
-        ("rows", _int64),
-        ("inputs", _int64),
-        ("outputs", _int64),
-        ("groups", _int64),
-        ("dtype", _int32),
-        ("num_threads", _int32),
-    )
-
-
-class _ListArgs(ctypes.Structure):
-    _fields_ = (
-        ("bits", _pointer),
-        ("offsets", _pointer),
-        ("entries", _pointer),
-        ("num_lists", _int64),
-        ("num_blocks", _int64),
-        ("first_block", _int64),
-        ("words", _int64),
-        ("span_pages", _int64),
-    )
-
-
-class _NormArgs(ctypes.Structure):
-    _fields_ = (
-        ("residual", _pointer),
-        ("delta", _pointer),
-        ("weight", _pointer),
-        ("out", _pointer),
-        ("rows", _int64),
-        ("width", _int64),
-        ("eps", _float),
-        ("dtype", _int32),
-        ("num_threads", _int32),
-    )
-
-
-class _SiluArgs(ctypes.Structure):
-    _fields_ = (
-        ("gate_up", _pointer),
-        ("out", _pointer),
-        ("rows", _int64),
-        ("width", _int64),
-        ("dtype", _int32),
-        ("num_threads", _int32),
-    )
 
 
 class PackedTiles:
@@ -265,114 +88,19 @@ class Angles(NamedTuple):
     sin: torch.Tensor
 
 
-def _library_path() -> Path:
-    name = "zen_turbo/_native/libzen_turbo_kernels.so"
-    candidates = []
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        candidates.append(Path(str(importlib.metadata.distribution("zen-turbo").locate_file(name))))
-    candidates.append(Path(__file__).resolve().parent.parent / name)
-    for path in candidates:
-        if path.exists():
-            return path
-    raise KernelError("The native kernels are not built; run ./scripts/setup. Looked for: " + ", ".join(map(str, candidates)) + ".")
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    path = _library_path()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelError(f"The native library {path} cannot be loaded: {error}.") from error
-    found = library.zt_abi_version()
-    if found != _ABI_VERSION:
-        raise KernelError(f"The native library has ABI version {found}, this code needs {_ABI_VERSION}; run ./scripts/setup.")
-    library.zt_select.argtypes = library.zt_supports.argtypes = [ctypes.c_char_p]
-    library.zt_selected.restype = library.zt_feature_name.restype = ctypes.c_char_p
-    library.zt_cpu_features.restype = ctypes.c_uint64
-    for name in ("zt_attend", "zt_decode", "zt_store", "zt_norm", "zt_silu", "zt_select_pages", "zt_list_pages", "zt_linear"):
-        getattr(library, name).argtypes = [ctypes.c_void_p]
-    forced = os.environ.get(ISA_ENVIRONMENT)
-    if forced:
-        _select(library, forced, f"{ISA_ENVIRONMENT}={forced}")
-    return library
-
-
-def _select(library: ctypes.CDLL, name: str, asked: str) -> None:
-    status = library.zt_select(name.encode())
-    if status == -1:
-        raise KernelError(f"{asked}: no such instruction set. Known: {', '.join(ISAS)}.")
-    if status == -2:
-        raise KernelError(f"{asked}: this CPU or operating system does not support it. Available: {', '.join(available_isas(library))}.")
-
-
-def available_isas(library: ctypes.CDLL | None = None) -> list[str]:
-    """The instruction sets this CPU can run, best first."""
-    library = library or _library()
-    return [name for name in ISAS if library.zt_supports(name.encode()) == 1]
-
-
-def selected_isa() -> str:
-    return _library().zt_selected().decode()
-
-
-@contextlib.contextmanager
-def use_isa(name: str) -> Iterator[None]:
-    """Run the body with the kernels of one instruction set; for tests. Raises KernelError if it cannot. Not thread-safe."""
-    before = selected_isa()
-    _select(_library(), name, f"use_isa({name!r})")
-    try:
-        yield
-    finally:
-        _select(_library(), before, f"use_isa({before!r})")
-
-
-def describe() -> dict[str, Any]:
-    """What was found and chosen, for ``doctor`` and benchmark records: isa, available, features, reason, library."""
-    library = _library()
-    bits = library.zt_cpu_features()
-    features = []
-    position = 0
-    while name := library.zt_feature_name(position):
-        if bits >> position & 1:
-            features.append(name.decode())
-        position += 1
-    available, isa = available_isas(), selected_isa()
-    if os.environ.get(ISA_ENVIRONMENT):
-        reason = f"forced by {ISA_ENVIRONMENT}"
-    elif isa == available[0]:
-        reason = "the best that this CPU and operating system support"
-    else:
-        reason = f"faster than {available[0]} on this vendor's CPUs"
-    return {"isa": isa, "available": available, "features": features, "reason": reason, "library": str(_library_path())}
-
-
-@functools.cache
-def usable_cpus() -> int:
-    """CPUs this process may run on, from its affinity mask."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _need(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
 
 
-def _call(name: str, args: ctypes.Structure) -> None:
-    status = getattr(_library(), name)(ctypes.addressof(args))
-    if status == 2:
-        raise MemoryError(f"{name}: no memory for its scratch space.")
-    if status:
-        raise ValueError(f"{name}: argument out of range (status {status}).")
-
-
-def _page_view(kv: PageView, head_dim: int, dtype: torch.dtype) -> _PageView:
+def _page_view(kv: PageView, head_dim: int, dtype: torch.dtype) -> native.PageViewArgs:
     pages, page_table, open_page = kv.pages, kv.page_table, kv.open_page
     size = page_bytes(head_dim, dtype if open_page is None else torch.int8)
     _need(pages.dtype == torch.uint8 and pages.dim() == 3, "pages must be uint8 [num_slots, num_key_value_heads, page_bytes]")
     _need(pages.shape[2] == size and pages.stride(2) == 1, f"a page must be {size} contiguous bytes, not {pages.shape[2]}")
     _need(page_table.dtype == torch.int32 and page_table.dim() == 1 and page_table.is_contiguous(), "page_table must be contiguous int32")
-    view = _PageView(pages.data_ptr(), pages.stride(0), pages.stride(1), page_table.data_ptr(), page_table.shape[0], None, 0, -1, _DTYPES[dtype])
+    slot_stride, head_stride, num_pages = pages.stride(0), pages.stride(1), page_table.shape[0]
+    view = native.PageViewArgs(pages.data_ptr(), slot_stride, head_stride, page_table.data_ptr(), num_pages, None, 0, -1, _DTYPES[dtype])
     if open_page is not None:
         shape = (pages.shape[1], page_bytes(head_dim, dtype))
         _need(open_page.dtype == torch.uint8 and open_page.shape == shape, f"open_page must be uint8 {list(shape)}")
@@ -394,7 +122,7 @@ def _summaries(kv: PageView, head_dim: int) -> torch.Tensor:
 
 def _queries(queries: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
     first = queries[0]
-    _need(len(queries) == _NUM_VARIANTS and first is not None, "queries must be three variants, the first present")
+    _need(len(queries) == native.NUM_VARIANTS and first is not None, "queries must be three variants, the first present")
     assert first is not None
     _need(first.dim() == 3 and first.dtype in _DTYPES, "a query must be bfloat16 or float32 [rows, heads, head_dim]")
     _need(first.shape[2] in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}, not {first.shape[2]}")
@@ -417,7 +145,7 @@ def _attend_args(
     logit_factor: torch.Tensor | None,
     lse: torch.Tensor | None,
     num_threads: int | None,
-) -> _AttendArgs:
+) -> native.AttendArgs:
     first = _queries(queries)
     num_rows, num_heads, head_dim = first.shape
     num_blocks = -(-num_rows // PAGE_TOKENS)
@@ -438,8 +166,8 @@ def _attend_args(
     for tensor, shape in ((logit_factor, (num_rows,)), (lse, (num_heads, num_rows))):
         if tensor is not None:
             _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
-    return _AttendArgs(
-        (_pointer * _NUM_VARIANTS)(*(query.data_ptr() if query is not None else None for query in queries)),
+    return native.AttendArgs(
+        native.pointers(query.data_ptr() if query is not None else None for query in queries),
         first.stride(0),
         first.stride(1),
         out.data_ptr(),
@@ -495,7 +223,7 @@ def attend(
         lse=lse,
         num_threads=num_threads,
     )
-    _call("zt_attend", args)
+    native.call("zt_attend", args)
 
 
 def decode(
@@ -525,7 +253,7 @@ def decode(
         lse=lse,
         num_threads=num_threads,
     )
-    _call("zt_decode", args)
+    native.call("zt_decode", args)
 
 
 def store(
@@ -574,15 +302,15 @@ def store(
     for packed in (kv.packed_means, kv.packed_bounds):
         if packed is not None:
             packed.num_valid = min(packed.num_valid, first_position // PAGE_TOKENS // _TILE_PAGES)
-    args = _StoreArgs(
+    args = native.StoreArgs(
         qkv.data_ptr(),
         qkv.stride(0),
-        (_pointer * _NUM_VARIANTS)(*(query.data_ptr() if query is not None else None for query in queries)),
+        native.pointers(query.data_ptr() if query is not None else None for query in queries),
         row_stride,
         head_stride,
-        (_pointer * _NUM_VARIANTS)(*(angle.cos.data_ptr() if angle else None for angle in angles)),
-        (_pointer * _NUM_VARIANTS)(*(angle.sin.data_ptr() if angle else None for angle in angles)),
-        (_int64 * _NUM_VARIANTS)(*(0 if angle is None or angle.cos.shape[0] == 1 else head_dim // 2 for angle in angles)),
+        native.pointers(angle.cos.data_ptr() if angle else None for angle in angles),
+        native.pointers(angle.sin.data_ptr() if angle else None for angle in angles),
+        native.int64s(0 if angle is None or angle.cos.shape[0] == 1 else head_dim // 2 for angle in angles),
         q_norm.data_ptr() if q_norm is not None else None,
         k_norm.data_ptr() if k_norm is not None else None,
         norm_eps,
@@ -597,7 +325,7 @@ def store(
         _DTYPES[qkv.dtype],
         num_threads or torch.get_num_threads(),
     )
-    _call("zt_store", args)
+    native.call("zt_store", args)
 
 
 def select_pages(
@@ -652,8 +380,8 @@ def select_pages(
             _need(packed.tiles.shape[1] >= tiles_for(num_pages), "packed tiles have too little room")
     bits = torch.empty((num_lists, num_blocks, -(-num_pages // 64)), dtype=torch.int64)
     counts = torch.empty((num_lists, num_blocks), dtype=torch.int32)
-    args = _SelectArgs(
-        (_pointer * _NUM_VARIANTS)(*(query.data_ptr() if query is not None else None for query in queries)),
+    args = native.SelectArgs(
+        native.pointers(query.data_ptr() if query is not None else None for query in queries),
         first.stride(0),
         first.stride(1),
         logit_factor.data_ptr() if logit_factor is not None else None,
@@ -672,9 +400,9 @@ def select_pages(
         num_pages if most_pages is None else most_pages,
         bound_pages,
         sample_rows,
-        (_pointer * 2)(*(packed.tiles.data_ptr() if packed is not None else None for packed in kept)),
-        (_int64 * 2)(*(packed.tiles.shape[1] if packed is not None else 0 for packed in kept)),
-        (_int64 * 2)(*(packed.num_valid if packed is not None else 0 for packed in kept)),
+        native.pointers(packed.tiles.data_ptr() if packed is not None else None for packed in kept),
+        native.int64s(packed.tiles.shape[1] if packed is not None else 0 for packed in kept),
+        native.int64s(packed.num_valid if packed is not None else 0 for packed in kept),
         num_heads,
         kv.pages.shape[1],
         head_dim,
@@ -683,7 +411,7 @@ def select_pages(
         per_kv_head,
         num_threads or torch.get_num_threads(),
     )
-    _call("zt_select_pages", args)
+    native.call("zt_select_pages", args)
     for packed in kept:
         if packed is not None:
             packed.num_valid = max(packed.num_valid, first_position // PAGE_TOKENS // _TILE_PAGES)  # of pages that precede these rows
@@ -699,10 +427,10 @@ def list_pages(chosen: PageBits, *, first_block: int, span_pages: int | None, he
     offsets = torch.zeros(num_lists * num_blocks + 1, dtype=torch.int64)
     torch.cumsum(counts.view(-1), 0, out=offsets[1:])
     entries = torch.empty(int(offsets[-1]), dtype=torch.int32)
-    args = _ListArgs(
+    args = native.ListArgs(
         bits.data_ptr(), offsets.data_ptr(), entries.data_ptr(), num_lists, num_blocks, first_block, words, span_pages or 0
     )
-    _call("zt_list_pages", args)
+    native.call("zt_list_pages", args)
     return BlockLists(offsets, entries, heads_per_list)
 
 
@@ -726,7 +454,7 @@ def add_rms_norm(
         if tensor is not None:
             same = tensor.shape == residual.shape and tensor.dtype == out.dtype and tensor.is_contiguous()
             _need(same and tensor.dtype in _DTYPES, f"delta and out must be contiguous [{rows}, {width}] of one dtype")
-    args = _NormArgs(
+    args = native.NormArgs(
         residual.data_ptr(),
         delta.data_ptr() if delta is not None else None,
         weight.data_ptr(),
@@ -737,7 +465,7 @@ def add_rms_norm(
         _DTYPES[out.dtype],
         num_threads or torch.get_num_threads(),
     )
-    _call("zt_norm", args)
+    native.call("zt_norm", args)
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor, *, num_threads: int | None = None) -> None:
@@ -745,9 +473,9 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor, *, num_threads: int | Non
     rows, width = out.shape
     _need(gate_up.shape == (rows, 2 * width) and gate_up.dtype == out.dtype and out.dtype in _DTYPES, "gate_up must be [rows, 2 * width]")
     _need(gate_up.is_contiguous() and out.is_contiguous(), "gate_up and out must be contiguous")
-    _call(
+    native.call(
         "zt_silu",
-        _SiluArgs(gate_up.data_ptr(), out.data_ptr(), rows, width, _DTYPES[out.dtype], num_threads or torch.get_num_threads()),
+        native.SiluArgs(gate_up.data_ptr(), out.data_ptr(), rows, width, _DTYPES[out.dtype], num_threads or torch.get_num_threads()),
     )
 
 
@@ -810,7 +538,7 @@ def linear(x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: 
     _need(out.shape == (rows, weights.outputs) and out.dtype == x.dtype and out.is_contiguous(), f"out must be {x.dtype} [{rows}, {weights.outputs}]")
     padded = weights.padded_outputs
     _need(bias is None or (bias.dtype == torch.float32 and bias.shape == (padded,)), f"bias must be float32 [{padded}]: whole panels")
-    args = _LinearArgs(
+    args = native.LinearArgs(
         x.data_ptr(),
         weights.codes.data_ptr(),
         weights.scales.data_ptr() if weights.scales is not None else None,
@@ -823,4 +551,4 @@ def linear(x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: 
         _DTYPES[x.dtype],
         num_threads or torch.get_num_threads(),
     )
-    _call("zt_linear", args)
+    native.call("zt_linear", args)

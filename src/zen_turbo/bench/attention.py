@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from zen_turbo import kernels
+from zen_turbo import kernels, native
 from zen_turbo.attention import blocks
 from zen_turbo.bench.gemm import GENERAL_SHAPES, GemmBenchmark, timed
 from zen_turbo.bench.report import Experiment, Row
@@ -243,7 +243,7 @@ def run(
     shapes = parse_shapes(lengths, heads, head_dims)
     if repeats < 1:
         raise ConfigurationError(f"repeats must be at least 1, not {repeats}.", param="repeats")
-    torch.set_num_threads(num_threads or kernels.usable_cpus())
+    torch.set_num_threads(num_threads or native.usable_cpus())
     settings = {"lengths": list(lengths), "heads": list(heads), "head_dims": list(head_dims), "repeats": repeats}
     experiment = Experiment("bench", "attention", settings=settings, output=output)
     gemm = GemmBenchmark(GENERAL_SHAPES)

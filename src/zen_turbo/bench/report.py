@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import zen_turbo
-from zen_turbo import kernels
+from zen_turbo import native
 from zen_turbo.errors import ConfigurationError
 
 GIB = 2**30
@@ -41,12 +41,12 @@ Row = dict[str, Any]
 
 def machine_facts() -> dict[str, Any]:
     """CPU, memory, kernel and versions. ``cores`` are the CPUs this process may use, ``threads`` what torch and the kernels run on."""
-    kernel = kernels.describe()
+    kernel = native.describe()
     memory = psutil.virtual_memory()
     return {
         "cpu": _cpu_name(),
         "cpu_features": kernel["features"],
-        "cores": kernels.usable_cpus(),
+        "cores": native.usable_cpus(),
         "threads": torch.get_num_threads(),
         "load_average_1m": os.getloadavg()[0],
         "memory_gib": memory.total / GIB,

@@ -92,7 +92,7 @@ def load_llm(model: str, config: EngineConfig) -> LLM:
 
 def figures(llm: LLM, output: RequestOutput) -> str:
     """One line: what was read, how fast, how long the answer took, with what."""
-    from zen_turbo import kernels
+    from zen_turbo import native
     from zen_turbo.engine.memory import peak_rss_bytes
 
     metrics = output.metrics
@@ -102,7 +102,7 @@ def figures(llm: LLM, output: RequestOutput) -> str:
         f"prompt {output.prompt_tokens:,} tokens" + (f" ({output.cached_tokens:,} cached)" if output.cached_tokens else ""),
         f"first token after {metrics.ttft_s:.1f} s ({read / max(metrics.prefill_s, 1e-9):,.0f} tokens/s)",
         f"answer {written} tokens" + (f" ({(written - 1) / metrics.decode_s:.1f} tokens/s)" if written > 1 and metrics.decode_s else ""),
-        f"attention {llm.engine.config.attention} on {kernels.selected_isa()}" + kept_text(metrics),
+        f"attention {llm.engine.config.attention} on {native.selected_isa()}" + kept_text(metrics),
         f"peak memory {peak_rss_bytes() / 2**30:.1f} GiB",
     ]
     if output.finish_reason == "length":

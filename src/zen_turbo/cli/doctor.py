@@ -23,7 +23,7 @@ def doctor(
 
 
 def findings() -> dict[str, Any]:
-    from zen_turbo import kernels
+    from zen_turbo import native
     from zen_turbo.bench.report import machine_facts
     from zen_turbo.engine.memory import available_bytes
     from zen_turbo.models.catalogue import CATALOGUE, cache_folder, cached_path
@@ -37,8 +37,8 @@ def findings() -> dict[str, Any]:
         models.append({"name": name, "description": model.description, "present": present, "path": str(path), "num_bytes": model.num_bytes})
     return {
         **machine_facts(),
-        "kernels": kernels.describe(),
-        "threads": kernels.usable_cpus(),
+        "kernels": native.describe(),
+        "threads": native.usable_cpus(),
         "memory_usable_gib": available_bytes() / 2**30,
         "cache_folder": str(folder),
         "cache_free_gib": shutil.disk_usage(existing).free / 2**30,

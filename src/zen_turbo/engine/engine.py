@@ -53,12 +53,12 @@ from zen_turbo.errors import (
     InvalidRequestError,
     RequestCancelledError,
 )
-from zen_turbo.kernels import usable_cpus
 from zen_turbo.kv.geometry import PageGeometry, pages_for
 from zen_turbo.kv.pool import PagePool
 from zen_turbo.models.catalogue import resolve_model
 from zen_turbo.models.decoder import Decoder, TokenRow, trained_window
 from zen_turbo.models.loader import load_checkpoint
+from zen_turbo.native import usable_cpus
 from zen_turbo.text.chat_template import ChatTemplate, load_chat_template
 from zen_turbo.text.tokenizer import Tokenizer, load_tokenizer
 

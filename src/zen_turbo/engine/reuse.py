@@ -11,12 +11,12 @@ from zen_turbo.attention.policies.adaptive import settings_of
 from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.engine.running import Running
 from zen_turbo.errors import InsufficientMemoryError
-from zen_turbo.kernels import selected_isa
 from zen_turbo.kv.geometry import pages_for
 from zen_turbo.kv.pool import PagePool
 from zen_turbo.kv.prefix import Chain, PrefixIndex
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.kv.store import PageStore, StoredPage
+from zen_turbo.native import selected_isa
 
 PAGE_FORMAT = 2  # of what a page holds; to be raised when kernels or policies write other numbers than before
 # decode_* are among them because an answer's pages are its conversation's own.
