@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from zen_turbo import LLM
-from zen_turbo.engine.request import SamplingParams
+from zen_turbo.engine.request import Event, SamplingParams, TokenDelta
 from zen_turbo.errors import InsufficientMemoryError
 from zen_turbo.kv.geometry import PageGeometry
 from zen_turbo.kv.pool import PagePool
@@ -194,3 +194,24 @@ def test_a_document_between_others_is_still_known(tiny_folder: Path, attention: 
     for document, expected in zip([*documents, *documents], [*cold, *cold], strict=True):
         found = small.generate([*document, *tiny.tokens(200, seed=9)], GREEDY)
         assert (found.cached_tokens, found.token_ids) == (0, expected.token_ids)
+
+
+@pytest.mark.parametrize("first", [250, 300])
+def test_the_end_of_a_short_prompt_is_its_own_only_where_a_longer_one_would_be_sparse(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    monkeypatch.setattr("zen_turbo.attention.fidelity.WINDOW_TOKENS", 512)
+    settings: dict[str, Any] = {"prefill_chunk_tokens": 128, "kv_cache_bytes": 32 << 20, "max_model_len": 4096, "dense_tokens": 320}
+    greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprobs=2)
+
+    def ask(llm: LLM) -> tuple[int, list[Event]]:
+        events: list[Event] = []
+        output = llm.generate(tiny.tokens(1500), greedy, on_event=events.append)
+        return output.cached_tokens, [event for event in events if isinstance(event, TokenDelta)]
+
+    cold, expected = ask(LLM(tiny_folder, attention="adaptive", **settings))
+    llm = LLM(tiny_folder, attention="adaptive", **settings)
+    llm.generate(tiny.tokens(1500)[:first], GREEDY)
+    warm, found = ask(llm)
+    assert (cold, warm) == (0, {250: 192, 300: 256}[first])
+    assert [(delta.text, delta.logprobs) for delta in found] == [(delta.text, delta.logprobs) for delta in expected]

@@ -56,6 +56,8 @@ class Reuse:
         self._pool = pool
         self._identity = cache_identity(config, model_fingerprint=model_fingerprint, dual_chunk=dual_chunk)
         self._dense_tail = dense_tail_tokens
+        # In a chunk that is sparse further on, even rows that read everything are sampled, and that steers what follows.
+        self._dense_tokens = config.dense_tokens // config.prefill_chunk_tokens * config.prefill_chunk_tokens
         self._length_matters = length_matters
         self._grid_pages = 1 if config.attention in _ROW_BY_ROW else config.prefill_chunk_tokens // PAGE_TOKENS
         self.prefixes = PrefixIndex(pool)
@@ -67,11 +69,12 @@ class Reuse:
 
     def chain(self, tokens: list[int]) -> Chain:
         """The pages of a prompt by content. Its own begin where its end makes a difference: at the rows that read more because they are the
-        last, else at the first token that is not the prompt's."""
+        last, unless every prompt reads all there, else at the first token that is not the prompt's."""
         identity = self._identity
         if self._length_matters:
             identity = hashlib.sha256(identity + len(tokens).to_bytes(8)).digest()
-        return Chain(tokens, identity, own_from=max(0, len(tokens) - self._dense_tail) // PAGE_TOKENS)
+        exact_tokens = max(len(tokens) - self._dense_tail, min(len(tokens), self._dense_tokens))
+        return Chain(tokens, identity, own_from=exact_tokens // PAGE_TOKENS)
 
     def reserve(self, request: Running) -> bool:
         """Give the request a cache that begins with the longest prefix that is known and has room for all it may need. False and nothing changed
