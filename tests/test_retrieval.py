@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+from zen_turbo import LLM
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.evals import retrieval
 from zen_turbo.evals.retrieval_prompt import TASKS, Context, Question, make_context, score
@@ -17,8 +19,8 @@ def count(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
-def make(*tasks: str, length: int = 4000, num_questions: int = 6) -> Context:
-    return make_context(dict.fromkeys(tasks, num_questions), length=length, lines=LINES, count=count, max_new_tokens=16)
+def make(*tasks: str, length: int = 4000, num_questions: int = 6, seed: int = 0) -> Context:
+    return make_context(dict.fromkeys(tasks, num_questions), length=length, lines=LINES, count=count, max_new_tokens=16, seed=seed)
 
 
 @pytest.mark.parametrize("tasks", [*[(task,) for task in TASKS], TASKS], ids="+".join)
@@ -30,18 +32,22 @@ def test_a_context_fills_its_length_and_holds_every_answer_once(tasks: tuple[str
     for question in context.questions:
         assert len(question.answers) == (4 if question.task == "multivalue" else 1)
         assert all(context.text.count(answer) == 1 for answer in question.answers)
-    assert make(*tasks) == context, "it depends on tasks, length and text alone"
-    assert make(*tasks, num_questions=3).text == context.text
+    assert make(*tasks) == context, "it depends on tasks, length, text and seed alone"
+    assert make(*tasks, seed=1).text != context.text
 
 
 def test_needles_are_spread_and_look_alike() -> None:
-    context = make("multikey")
-    places = [place for place, line in enumerate(context.text.splitlines()) if line.startswith("The access code of the ")]
-    total = len(context.text.splitlines())
-    assert len(places) == (4000 - 96 - 16) // 40
-    assert min(places) < 0.2 * total and max(places) > 0.8 * total
-    asked = re.search(r"of the ([a-z]+ [a-z]+)\?", context.questions[0].text)
-    assert asked is not None and f"of the {asked[1]} is {context.questions[0].answers[0]}." in context.text
+    context = make(*TASKS, num_questions=20)
+    lines = context.text.splitlines()
+    for task, of_each in (("multikey", 1), ("multivalue", 4), ("kv", 1)):
+        beginning = "The value of the key " if task == "kv" else "The access code of the "
+        places = [place for place, line in enumerate(lines) if line.startswith(beginning)]
+        assert len(places) == (20 if task == "kv" else 20 + 20 * 4)
+        assert min(places) < 0.2 * len(lines) and max(places) > 0.8 * len(lines)
+        asked = [question for question in context.questions if question.task == task]
+        name = re.search(r"of the (?:key )?(.+)\?", asked[0].text)
+        assert name is not None and len(asked[0].answers) == of_each
+        assert all(f"{beginning}{name[1]} is {answer}." in lines for answer in asked[0].answers)
 
 
 @pytest.mark.parametrize(
@@ -59,12 +65,21 @@ def test_scores_count_whole_words(answer: str, points: float) -> None:
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="only 97 facts"):
-        make("multikey", num_questions=98)
     with pytest.raises(ConfigurationError, match="no retrieval task"):
         make("riddle")
-    with pytest.raises(ConfigurationError, match="facts alone"):
-        make("multikey", length=115, num_questions=1)
+    with pytest.raises(ConfigurationError, match="6 facts alone"):
+        make("multikey", length=160)
+
+
+def test_questions_are_dealt_out_to_as_few_contexts_as_can_be(tiny_folder: Path) -> None:
+    engine = LLM(tiny_folder, kv_cache_bytes=16 << 20, max_model_len=8192).engine
+    found = retrieval.questions_of(engine, [8000, 6000], ["multikey", "kv"], num_questions=71, text="code")
+    assert sorted(found) == [6000, 8000]
+    for asked in found.values():
+        assert [sum(item.context == number for item in asked) for number in range(3)] == [24, 24, 23]
+        assert {task: sum(item.question.task == task for item in asked) for task in ("multikey", "kv")} == {"multikey": 36, "kv": 35}
+        assert len({item.text for item in asked}) == 3, "36 of a task are three contexts of 12"
+    engine.close()
 
 
 def test_differences_are_paired() -> None:

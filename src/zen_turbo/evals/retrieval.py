@@ -1,10 +1,10 @@
 """``zen-turbo eval retrieval``: facts among look-alike facts, many questions about one context, policies against each other on the same ones.
 
-Passkeys prove little about a sparse policy: one loud sentence in noise is what any selection finds. Here every needle has hundreds of
+Passkeys prove little about a sparse policy: one loud sentence in noise is what any selection finds. Here every needle has a hundred
 near-copies, and the questions are paired: the same prompts go to every policy, so a difference of scores is a difference of policies, and its
 standard error is that of the paired differences.
 
-The context comes first and is read once for each policy; a question costs its own tokens and the rest of the last chunk. Answers are greedy.
+A context comes first and is read once for each policy; a question costs its own tokens and the prompt's end. Answers are greedy.
 Every finished answer is kept in a journal per policy beside ``--output``, so an interrupted run continues.
 """
 
@@ -26,52 +26,73 @@ from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.request import SamplingParams
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.evals.journal import Journal
-from zen_turbo.evals.retrieval_prompt import GENERATOR_VERSION, TASKS, Context, make_context, score
+from zen_turbo.evals.retrieval_prompt import GENERATOR_VERSION, TASKS, Question, make_context, score
 from zen_turbo.llm import LLM
 from zen_turbo.progress import prefill_bar
 
 MAX_NEW_TOKENS = {"multikey": 16, "multivalue": 64, "kv": 48}
+MOST_FACTS = 17  # of each task in a context: with more, a small model finds too little for a comparison
 COLUMNS = ("task", "length", "attention", "preset", "n", "score", "versus_dense", "standard_error", "density", "recall", "read_s")
 
 
 class Item(NamedTuple):
-    """What identifies an answer in the journal."""
+    """What identifies an answer in the journal. question: counted through all contexts of a length."""
 
     length: int
     question: int
+
+
+class Asked(NamedTuple):
+    """context: its number, for the row."""
+
+    context: int
+    text: str
+    question: Question
 
 
 def messages(context: str, question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{context}\n\n{question}"}]
 
 
-def contexts(engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *, num_questions: int, text: str) -> dict[int, Context]:
-    """One context per length, for all tasks; ``num_questions`` are dealt out to them."""
-    found = {}
+def questions_of(engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *, num_questions: int, text: str) -> dict[int, list[Asked]]:
+    """What is asked at each length: ``num_questions`` are dealt out to the tasks, and those of each to as few contexts as ``MOST_FACTS`` allows."""
+    found: dict[int, list[Asked]] = {}
     source = corpora.path_of(text)
+    of_task = {task: share(num_questions, len(tasks), number) for number, task in enumerate(tasks)}
+    num_contexts = -(-max(of_task.values()) // MOST_FACTS)
     for length in sorted(set(lengths)):
         lines = engine.tokenizer.decode(read_tokens(engine.tokenizer, length, source)).splitlines()
-        found[length] = make_context(
-            {task: num_questions // len(tasks) + (number < num_questions % len(tasks)) for number, task in enumerate(tasks)},
-            length=length,
-            lines=lines,
-            count=lambda body: len(engine.chat_template.encode(messages(body, ""))),
-            max_new_tokens=max(MAX_NEW_TOKENS[task] for task in tasks),
-        )
+        found[length] = []
+        for number in range(num_contexts):
+            context = make_context(
+                {task: share(count, num_contexts, number) for task, count in of_task.items()},
+                length=length,
+                lines=lines,
+                count=lambda body: len(engine.chat_template.encode(messages(body, ""))),
+                max_new_tokens=max(MAX_NEW_TOKENS[task] for task in tasks),
+                seed=number,
+            )
+            found[length] += [Asked(number, context.text, question) for question in context.questions]
     return found
 
 
-def ask(llm: LLM, length: int, context: Context, number: int) -> Row:
+def share(total: int, parts: int, number: int) -> int:
+    """Part ``number`` of ``total`` things dealt out evenly."""
+    return total // parts + (number < total % parts)
+
+
+def ask(llm: LLM, length: int, asked: Asked, number: int) -> Row:
     """One answer as a row of the journal."""
-    question = context.questions[number]
+    question = asked.question
     task, max_tokens = question.task, MAX_NEW_TOKENS[question.task]
-    prompt = llm.engine.chat_template.encode(messages(context.text, question.text))
+    prompt = llm.engine.chat_template.encode(messages(asked.text, question.text))
     assert len(prompt) + max_tokens <= length, f"{len(prompt)} tokens were made for a prompt of {length}"
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     with prefill_bar(f"{task} {length}") as on_event:
         output = llm.generate(prompt, sampling, on_event=on_event)
     return {
         **Item(length, number)._asdict(),
+        "context": asked.context,
         "task": task,
         "prompt_tokens": output.prompt_tokens,
         "cached_tokens": output.cached_tokens,
@@ -126,38 +147,41 @@ def run(
     settings = {"lengths": sorted(set(lengths)), "tasks": list(tasks), "questions": num_questions, "text": text}
     asked = {**settings, "generator_version": GENERATOR_VERSION}
     experiment = Experiment("eval", "retrieval", settings={**asked, "policies": list(policies)}, output=output)
-    made: dict[int, Context] = {}
+    made: dict[int, list[Asked]] = {}
     answers: dict[str, dict[int, list[Row]]] = {}  # by policy and length
     presets: dict[str, str | None] = {}
     for policy, policy_config in configs.items():
         llm = LLM(model, config=policy_config)
-        made = made or contexts(llm.engine, lengths, tasks, num_questions=num_questions, text=text)
+        made = made or questions_of(llm.engine, lengths, tasks, num_questions=num_questions, text=text)
         presets[policy] = preset_of(llm.engine)
         facts = engine_facts(llm.engine)
         experiment.settings[policy] = facts
         key = {"eval": "retrieval", **asked, **facts}
         path = output.with_name(f"{output.name}.{policy.replace(':', '_')}.rows.jsonl") if output else None
         with Journal(path, key, Item._fields, commit=experiment.git["commit"] if experiment.git else None) as journal:
-            answers[policy] = {length: _answers(experiment, llm, policy, length, context, journal) for length, context in made.items()}
+            answers[policy] = {length: _answers(experiment, llm, policy, length, asked, journal) for length, asked in made.items()}
         llm.engine.close()
     rows = []
     for length, task, policy in itertools.product(made, tasks, policies):
         mine, dense = ([row for row in answers[name][length] if row["task"] == task] if name in answers else None for name in (policy, "dense"))
         assert mine is not None
-        cold = max(answers[policy][length], key=lambda row: row["prompt_tokens"] - row["cached_tokens"])  # the one that read the context
+        by_context = itertools.groupby(answers[policy][length], key=lambda row: row["context"])
+        cold = [max(rows, key=lambda row: row["prompt_tokens"] - row["cached_tokens"]) for _, rows in by_context]  # those that read a context
         head = {"task": task, "length": length, "attention": configs[policy].attention, "preset": presets[policy]}
-        read = {"density": cold["density"], "recall": cold["recall"], "read_s": cold["ttft_s"]}
+        read = {"read_s": statistics.median(row["ttft_s"] for row in cold)}
+        for name in ("density", "recall"):
+            read[name] = statistics.fmean(row[name] for row in cold) if all(row[name] is not None for row in cold) else None
         rows.append({**head, **summarise(mine, dense if policy != "dense" else None), **read})
     return experiment.finish(rows, columns=COLUMNS, note="Points of 100; versus_dense: mean of paired differences.")
 
 
-def _answers(experiment: Experiment, llm: LLM, policy: str, length: int, context: Context, journal: Journal) -> list[Row]:
+def _answers(experiment: Experiment, llm: LLM, policy: str, length: int, asked: Sequence[Asked], journal: Journal) -> list[Row]:
     rows = []
     began = time.perf_counter()
-    for number in range(len(context.questions)):
+    for number, item in enumerate(asked):
         row = journal.get(Item(length, number))
         if row is None:
-            row = ask(llm, length, context, number)
+            row = ask(llm, length, item, number)
             journal.add(row)
         rows.append(row)
     mean = 100 * statistics.fmean(row["score"] for row in rows)
