@@ -78,11 +78,11 @@ def put(store: PageStore, pool: PagePool, numbers: range) -> None:
     store.flush()
 
 
-def get(store: PageStore, pool: PagePool, numbers: range) -> list[int]:
+def get(store: PageStore, pool: PagePool, numbers: range, *, run: bool = False) -> list[int]:
     """Load what is there of these pages, from the first; every one that is given must be right. Gives their numbers."""
     count = store.find([key(number) for number in numbers])
     wanted = numbers[:count]
-    slots = pool.allocate(count)
+    slots = (pool.allocate_run if run else pool.allocate)(count)
     loaded = store.load([key(number) for number in wanted], [token for number in wanted for token in tokens(number)], slots)
     for number, slot, note in zip(wanted, slots[: loaded.num_pages], loaded.notes, strict=False):
         assert read_slot(pool, slot) == content(number), f"page {number} is wrong"
@@ -144,6 +144,32 @@ def test_a_run_of_pages_is_mapped_and_what_is_written_over_it_stays_here(tmp_pat
     assert {path: path.read_bytes() for path in before} == before
     pool.free(again)
     pool.verify([])
+
+
+def test_slots_in_any_order_are_filled(pool: PagePool, tmp_path: Path) -> None:
+    store = open_store(tmp_path, pool)
+    put(store, pool, range(64))
+    store.wait()
+    keys, wanted = [key(number) for number in range(64)], [token for number in range(64) for token in tokens(number)]
+    assert store.find(keys) == 64
+    first, *between, last = pool.allocate_run(64)
+    for order in ([first, *reversed(between), last], [*between, first, last]):
+        assert store.load(keys, wanted, order).num_pages == 64
+        assert all(read_slot(pool, slot) == content(number) for number, slot in enumerate(order))
+    store.close()
+
+
+def test_mappings_that_the_system_refuses_are_copies(pool: PagePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path, pool)
+    put(store, pool, range(64))
+    store.wait()
+
+    def refuse(*arguments: int) -> None:
+        raise OSError(errno.ENOMEM, "no more mappings")
+
+    monkeypatch.setattr("zen_turbo.kv.pool.map_over", refuse)
+    assert get(store, pool, range(64), run=True) == list(range(64))
+    store.close()
 
 
 def test_a_prompt_may_begin_anywhere_in_a_run(pool: PagePool) -> None:

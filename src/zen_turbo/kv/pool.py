@@ -16,7 +16,7 @@ import mmap
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -82,17 +82,20 @@ class PagePool:
         parts = [self._storage] if self._summaries is None else [self._storage, self._summaries.view(torch.uint8)]
         return [layer.reshape(len(layer), -1)[: self.num_slots] for part in parts for layer in part.numpy()]
 
-    def fill(self, block: np.ndarray, slots: Sequence[int], descriptor: int, offset: int) -> None:
+    def fill(self, block: np.ndarray, slots: list[int], descriptor: int, offset: int) -> None:
         """Put the rows that lie together in a file from ``offset`` on into these slots of one of the ``blocks``: mapped where slots and file lie on
         the same bounds, copied elsewhere. Raises OSError."""
         row, mapped = block.shape[1], 0
         address = block.ctypes.data + slots[0] * row
-        if self._num_mapped < _MOST_MAPPED and can_map(address, offset) and slots[-1] - slots[0] == len(slots) - 1:
+        if self._num_mapped < _MOST_MAPPED and can_map(address, offset) and slots == list(range(slots[0], slots[0] + len(slots))):
             step = math.lcm(row, mmap.PAGESIZE) // row
             mapped = len(slots) // step * step
         if mapped:
-            map_over(address, mapped * row, descriptor, offset)
-            self._num_mapped += 1
+            try:
+                map_over(address, mapped * row, descriptor, offset)
+                self._num_mapped += 1
+            except OSError:  # the file system cannot, or the process has too many mappings already
+                mapped = 0
         if mapped < len(slots):
             content = os.pread(descriptor, (len(slots) - mapped) * row, offset + mapped * row)
             if len(content) != (len(slots) - mapped) * row:

@@ -40,7 +40,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -84,6 +84,11 @@ class Manifest(NamedTuple):
     pages: list[ManifestPage]
     num_bytes: int
     sha256: str
+
+    def check(self, file: BinaryIO) -> None:
+        """Raises ValueError for pages that are not what was written."""
+        if hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
+            raise ValueError("its pages are damaged")
 
 
 class _Record(NamedTuple):
@@ -163,10 +168,9 @@ class PageStore:
             first = records[places[0]]
             try:
                 with segment.with_suffix(".pages").open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != first.manifest.sha256:
-                        raise OSError("its pages are damaged")
+                    first.manifest.check(file)
                     if any(records[at].page.tokens != wanted[at].tobytes() for at in places):
-                        raise OSError("its tokens are others")
+                        raise ValueError("its tokens are others")
                     offsets = _offsets(self._pool, len(first.manifest.pages))
                     for run in _runs(places, [records[at].index for at in places]):
                         for block, offset in zip(self._pool.blocks(), offsets, strict=False):
@@ -174,7 +178,7 @@ class PageStore:
                             self._pool.fill(block, [slots[at] for at in run], file.fileno(), begin)
                 good[places] = True
                 os.utime(segment.with_suffix(".manifest"))
-            except OSError as error:  # or deleted meanwhile, or the disk fails
+            except (OSError, ValueError) as error:  # deleted meanwhile, or the disk fails; or damaged
                 self._set_aside(segment, str(error))
 
         with ThreadPoolExecutor(_HASHERS) as threads:
@@ -358,8 +362,7 @@ def verify(folder: Path, on_segment: Callable[[SegmentFacts], None]) -> None:
             manifest = read_manifest(segment)
             num_pages = len(manifest.pages)
             with segment.with_suffix(".pages").open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:
-                    raise ValueError("its pages are damaged")
+                manifest.check(file)
         except (OSError, ValueError) as error:
             problem = str(error)
         on_segment(SegmentFacts(facts.identity, facts.name, num_pages, facts.num_bytes, facts.last_used, problem))
