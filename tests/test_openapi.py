@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +75,39 @@ def test_the_document_is_whole(document: dict[str, Any]) -> None:
     assert all("default" in operation["responses"] for item in document["paths"].values() for operation in item.values())
 
 
+def documented(document: dict[str, Any], method: str, path: str, response: Any) -> bool:
+    """Whether the document has the media type of this success."""
+    content = document["paths"][path][method.lower()]["responses"][str(response.status_code)]["content"]
+    return response.headers["content-type"].partition(";")[0] in content
+
+
+def test_the_document_knows_what_kind_of_answer_comes(url: str, document: dict[str, Any]) -> None:
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi."}]}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        file = client.post("/v1/files", files={"file": ("a.txt", b"The grass is green.")}, data={"purpose": "user_data"}).json()
+        for method, path, values in (
+            ("GET", "/metrics", {}),
+            ("GET", "/v1/files/{file_id}/content", {}),
+            ("POST", "/v1/chat/completions", {"json": chat}),
+            ("POST", "/v1/chat/completions", {"json": {**chat, "stream": True}}),
+            ("POST", "/v1/completions", {"json": {"model": "tiny", "prompt": "Hi.", "stream": True}}),
+            ("POST", "/v1/responses", {"json": {"model": "tiny", "input": "Hi.", "stream": True}}),
+        ):
+            response = client.request(method, path.format(file_id=file["id"]), **values)
+            assert response.status_code == 200 and documented(document, method, path, response), (path, response.headers)
+        client.delete(f"/v1/files/{file['id']}")
+
+
+@pytest.mark.slow
+def test_every_border_of_the_document_is_kept(url: str, tmp_path: Path) -> None:
+    """Missing and null fields, values at their bounds, wrong media types and methods: 1,577 cases."""
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method"
+    options = ["--phases", "coverage", "--checks", checks, "--seed", "1", "--continue-on-failure", "--no-color"]
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{url}/openapi.json", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_a_fuzzer_that_knows_the_schema_finds_no_fault(url: str, engine: Engine, document: dict[str, Any], mode: str) -> None:
@@ -99,6 +134,8 @@ def test_a_fuzzer_that_knows_the_schema_finds_no_fault(url: str, engine: Engine,
             assert response.status_code < 500, response.text
             if response.status_code >= 400:
                 of_error.validate(response.json())
+            else:
+                assert documented(document, case.operation.method, case.operation.path, response)
 
         with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # nothing can be wrong about a GET without parameters
             probe()
