@@ -19,7 +19,12 @@ from zen_turbo.engine.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-clients"
-PACKAGES = {"litellm": "litellm==1.110.2", "langchain": "langchain-openai==1.7.4", "lm_eval": "lm-eval[api]==0.4.13 transformers==5.24.0"}
+PACKAGES = {
+    "litellm": "litellm==1.110.2",
+    "langchain": "langchain-openai==1.7.4",
+    "lm_eval": "lm-eval[api]==0.4.13 transformers==5.24.0",
+    "nvidia": "nvidia-long-context-eval==26.3",
+}
 
 pytestmark = pytest.mark.slow
 

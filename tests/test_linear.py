@@ -9,10 +9,13 @@ import tiny
 import torch
 
 from zen_turbo import LLM, kernels
+from zen_turbo.config import EngineConfig
 from zen_turbo.engine.request import SamplingParams
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.models import linear
+from zen_turbo.models.decoder import Decoder
 from zen_turbo.models.linear import KernelLinear, Linear, fitting_linear, int8_linear, packing_available
+from zen_turbo.models.loader import load_checkpoint
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -116,6 +119,9 @@ def test_a_cpu_without_bf16_products_widens(tiny_folder: Path, monkeypatch: pyte
     assert isinstance(fitting_linear(bf16), KernelLinear) is not packing_available()
     monkeypatch.setattr(linear, "packing_available", lambda: False)
     assert isinstance(fitting_linear(bf16), KernelLinear) and not isinstance(fitting_linear(f32), KernelLinear)
+    checkpoint = load_checkpoint(tiny_folder)
+    assert isinstance(Decoder(checkpoint, EngineConfig())._head, KernelLinear), "torch takes ten times as long for a batch's logits"
+    checkpoint.close()
     prompt = tiny.tokens(300)
     found, exact = (tiny.logits(tiny_folder, prompt, rows=50, dtype=dtype) for dtype in ("bfloat16", "float32"))
     assert float((found - exact).norm() / exact.norm()) < 0.02

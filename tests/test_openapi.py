@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import httpx
 import hypothesis
+import jsonschema
 import pytest
 from fastapi.routing import APIRoute
 from serving import serving, wait_until
@@ -72,18 +75,54 @@ def test_the_document_is_whole(document: dict[str, Any]) -> None:
     assert all("default" in operation["responses"] for item in document["paths"].values() for operation in item.values())
 
 
+def documented(document: dict[str, Any], method: str, path: str, response: Any) -> bool:
+    """Whether the document has the media type of this success."""
+    content = document["paths"][path][method.lower()]["responses"][str(response.status_code)]["content"]
+    return response.headers["content-type"].partition(";")[0] in content
+
+
+def test_the_document_knows_what_kind_of_answer_comes(url: str, document: dict[str, Any]) -> None:
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi."}]}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        file = client.post("/v1/files", files={"file": ("a.txt", b"The grass is green.")}, data={"purpose": "user_data"}).json()
+        for method, path, values in (
+            ("GET", "/metrics", {}),
+            ("GET", "/v1/files/{file_id}/content", {}),
+            ("POST", "/v1/chat/completions", {"json": chat}),
+            ("POST", "/v1/chat/completions", {"json": {**chat, "stream": True}}),
+            ("POST", "/v1/completions", {"json": {"model": "tiny", "prompt": "Hi.", "stream": True}}),
+            ("POST", "/v1/responses", {"json": {"model": "tiny", "input": "Hi.", "stream": True}}),
+        ):
+            response = client.request(method, path.format(file_id=file["id"]), **values)
+            assert response.status_code == 200 and documented(document, method, path, response), (path, response.headers)
+        client.delete(f"/v1/files/{file['id']}")
+
+
+@pytest.mark.slow
+def test_every_border_of_the_document_is_kept(url: str, tmp_path: Path) -> None:
+    """Missing and null fields, values at their bounds, wrong media types and methods: 1,577 cases."""
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method"
+    options = ["--phases", "coverage", "--checks", checks, "--seed", "1", "--continue-on-failure", "--no-color"]
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{url}/openapi.json", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["positive", "negative"])
-def test_a_fuzzer_that_knows_the_schema_finds_no_fault(url: str, engine: Engine, mode: str) -> None:
+def test_a_fuzzer_that_knows_the_schema_finds_no_fault(url: str, engine: Engine, document: dict[str, Any], mode: str) -> None:
+    """10,000 cases in both modes together, most of them bodies."""
     import schemathesis  # takes a second
 
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    of_error = jsonschema.Draft202012Validator(document["components"]["schemas"]["Error"])
     seen: dict[str, Counter[int]] = {}
 
     for result in schema.get_all_operations():
         operation = result.ok()
+        examples = 700 if operation.body else 200
 
-        @hypothesis.settings(max_examples=200, suppress_health_check=list(hypothesis.HealthCheck))
+        @hypothesis.settings(max_examples=examples, suppress_health_check=list(hypothesis.HealthCheck))
         @hypothesis.given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)), sound=hypothesis.strategies.booleans())
         def probe(case: Any, sound: bool) -> None:
             if sound and isinstance(case.body, dict):  # past the model and the messages, to what stands behind them
@@ -94,8 +133,9 @@ def test_a_fuzzer_that_knows_the_schema_finds_no_fault(url: str, engine: Engine,
             seen.setdefault(case.operation.path, Counter())[response.status_code] += 1
             assert response.status_code < 500, response.text
             if response.status_code >= 400:
-                error = response.json()["error"]
-                assert {"message", "type", "param", "code"} <= set(error)
+                of_error.validate(response.json())
+            else:
+                assert documented(document, case.operation.method, case.operation.path, response)
 
         with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # nothing can be wrong about a GET without parameters
             probe()
@@ -103,4 +143,5 @@ def test_a_fuzzer_that_knows_the_schema_finds_no_fault(url: str, engine: Engine,
     for path in BODIES:
         assert max(seen[path]) >= 400, "a fuzzer that is never refused tries nothing"
         assert mode == "negative" or 200 in seen[path], "and one that always is, little"
+    assert sum(counts.total() for counts in seen.values()) >= 5000, seen
     wait_until(lambda: not engine.has_work())

@@ -32,7 +32,7 @@ from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.errors import UnsupportedModelError
 from zen_turbo.kernels import PageView
 from zen_turbo.models.config import ModelConfig
-from zen_turbo.models.linear import LINEARS, TILE_ROWS, Linear
+from zen_turbo.models.linear import LINEARS, TILE_ROWS, Linear, fitting_linear
 from zen_turbo.models.loader import Checkpoint
 
 # Rows of logits that are looked at together: 40 MB with a vocabulary of 150,000.
@@ -125,7 +125,7 @@ class Decoder:
                 on_layer(index + 1, config.num_hidden_layers)
         self._norm = checkpoint.tensor("model.norm.weight", torch.float32)
         head = self._embedding if config.tie_word_embeddings else checkpoint.tensor("lm_head.weight", self.dtype)
-        self._head = Linear(head)
+        self._head = fitting_linear(head)
 
     @property
     def linear_flops_per_token(self) -> int:

@@ -41,6 +41,15 @@ _QUERIES: dict[str, dict[str, Any]] = {
         "purpose": {"type": "string"},
     },
 }
+_STREAMED = ("application/json", "text/event-stream")
+# What a success is, where it is not only JSON.
+_MEDIA_TYPES: dict[str, tuple[str, ...]] = {
+    "/metrics": ("text/plain",),
+    "/v1/files/{file_id}/content": ("application/octet-stream",),
+    "/v1/chat/completions": _STREAMED,
+    "/v1/completions": _STREAMED,
+    "/v1/responses": _STREAMED,
+}
 _REFERENCE = "#/components/schemas/{model}"
 _METHODS = frozenset({"get", "put", "post", "delete", "patch"})
 _ERROR_BODY = {
@@ -85,6 +94,8 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
         for method in item.keys() & _METHODS:
             operation = item[method]
             operation["responses"]["default"] = _ERROR
+            if path in _MEDIA_TYPES:
+                operation["responses"]["200"]["content"] = {media_type: {"schema": {}} for media_type in _MEDIA_TYPES[path]}
             if method == "post" and path in BODIES:
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _schema(BODIES[path], schemas)}}}
             if method == "post" and path in FORMS:
