@@ -20,6 +20,7 @@ from zen_turbo.server.errors import error_body
 from zen_turbo.server.schemas import ChatRequest, parse_generation
 from zen_turbo.server.served import ServedModel
 from zen_turbo.server.structured import ToolUse, functions_of, grammar, response_format_rule, tool_use
+from zen_turbo.server.usage import extras, progress_facts, usage
 from zen_turbo.text.answer import AnswerForm, AnswerReader, Thinking, Thought, thinking_at_end_of
 from zen_turbo.text.tokenizer import Tokenizer
 from zen_turbo.text.tools import CLOSE, CallArguments, CallStart, Piece, ToolForm
@@ -276,33 +277,3 @@ def _delta(piece: Thought | Piece, call_ids: Sequence[str]) -> dict[str, Any]:
     if isinstance(piece, CallArguments):
         return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.fragment}}]}
     return {"content": piece.text}
-
-
-def usage(outputs: Sequence[RequestOutput], *, reasoning_tokens: int = 0, prompts: int = 1) -> dict[str, Any]:
-    """outputs: ``prompts`` times as many answers to one prompt each; a prompt counts once."""
-    first = outputs[:: max(1, len(outputs) // prompts)]
-    read, written = sum(output.prompt_tokens for output in first), sum(len(output.token_ids) for output in outputs)
-    return {
-        "prompt_tokens": read,
-        "completion_tokens": written,
-        "total_tokens": read + written,
-        "prompt_tokens_details": {"cached_tokens": sum(output.cached_tokens for output in first)},
-        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
-    }
-
-
-def progress_facts(event: PrefillProgress) -> dict[str, int]:
-    """llama-server's shape; processed includes cache."""
-    return {
-        "total": event.total_tokens,
-        "cache": event.cached_tokens,
-        "processed": event.processed_tokens,
-        "time_ms": round(1000 * event.elapsed_s),
-    }
-
-
-def extras(output: RequestOutput) -> dict[str, Any]:
-    """Ours, under one key; seconds."""
-    metrics = output.metrics
-    names = ("queue_s", "ttft_s", "prefill_s", "decode_s", "attend_s", "linear_s", "select_s", "density", "recall", "recall_p5", "decode_recall")
-    return {"zen_turbo": {name: getattr(metrics, name) for name in names}}

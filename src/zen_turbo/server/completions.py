@@ -18,11 +18,12 @@ from zen_turbo.engine.service import RequestStream
 from zen_turbo.errors import InvalidRequestError, UnsupportedParameterError
 from zen_turbo.server import answering
 from zen_turbo.server.answering import DONE, named, sse
-from zen_turbo.server.chat import extras, progress_facts, shortened, usage
+from zen_turbo.server.chat import shortened
 from zen_turbo.server.errors import error_body
 from zen_turbo.server.schemas import MAX_CHOICES, GenerationRequest, StreamOptions, parse_generation
 from zen_turbo.server.served import ServedModel
 from zen_turbo.server.structured import ToolUse, grammar, response_format_rule
+from zen_turbo.server.usage import extras, progress_facts, usage
 from zen_turbo.text.answer import Thinking
 from zen_turbo.text.tokenizer import Tokenizer
 

@@ -19,10 +19,11 @@ from zen_turbo.engine.request import Event, Finished, PrefillProgress, RequestOu
 from zen_turbo.errors import InvalidRequestError, ZenTurboError
 from zen_turbo.server import answering
 from zen_turbo.server.answering import named, sse
-from zen_turbo.server.chat import Admitted, Choice, Expand, admit, extras, usage
+from zen_turbo.server.chat import Admitted, Choice, Expand, admit
 from zen_turbo.server.errors import error_body
 from zen_turbo.server.schemas import ChatRequest, GenerationRequest, parse_generation, validated
 from zen_turbo.server.served import ServedModel
+from zen_turbo.server.usage import extras, usage
 from zen_turbo.text.answer import AnswerForm, Thought
 from zen_turbo.text.tools import CallArguments, CallStart, Piece, Text
 
