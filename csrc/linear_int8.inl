@@ -6,8 +6,9 @@
 //   y[r][o] = weight_scale[o] * sum over groups g of x_scale[r][g] * (sum of (w + 128) * x  -  128 * sum of x) + bias[o]
 //
 // VNNI multiplies unsigned by signed bytes; it is the weights that are unsigned, because then a group of four activations can be broadcast from
-// memory as the signed operand. A target that takes their signs back has a QUAD_OFFSET of 0. A row's result depends on that row alone, to the bit: integers add up alike in any order.
-// Groups keep a loud channel from costing the others their resolution. Work item = (panel, block of rows); the panel stays in cache.
+// memory as the signed operand. A target that takes the 128 back has a QUAD_OFFSET of 0. A row's result depends on that row alone, to the bit:
+// integers add up alike in any order. Groups keep a loud channel from costing the others their resolution. Work item = (panel, block of rows);
+// the panel stays in cache.
 #include "kernels.h"
 
 namespace {
