@@ -48,6 +48,7 @@ def test_needles_are_spread_and_look_alike() -> None:
         name = re.search(r"of the (?:key )?(.+)\?", asked[0].text)
         assert name is not None and len(asked[0].answers) == of_each
         assert all(f"{beginning}{name[1]} is {answer}." in lines for answer in asked[0].answers)
+        assert name[1] in asked[0].begin
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_needles_are_spread_and_look_alike() -> None:
     ],
 )
 def test_scores_count_whole_words(answer: str, points: float) -> None:
-    assert score(answer, Question("kv", "", ("12", "34"))) == points
+    assert score(answer, Question("kv", "", "", ("12", "34"))) == points
 
 
 def test_what_cannot_be_asked_is_refused() -> None:

@@ -50,8 +50,8 @@ class Asked(NamedTuple):
     question: Question
 
 
-def messages(context: str, question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"{context}\n\n{question}"}]
+def messages(context: str, question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{context}\n\n{question}"}, {"role": "assistant", "content": answer}]
 
 
 def questions_of(engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *, num_questions: int, text: str) -> dict[int, list[Asked]]:
@@ -68,7 +68,7 @@ def questions_of(engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *
                 {task: share(count, num_contexts, number) for task, count in of_task.items()},
                 length=length,
                 lines=lines,
-                count=lambda body: len(engine.chat_template.encode(messages(body, ""))),
+                count=lambda body: len(engine.chat_template.encode(messages(body, "", ""))),
                 max_new_tokens=max(MAX_NEW_TOKENS[task] for task in tasks),
                 seed=number,
             )
@@ -85,7 +85,8 @@ def ask(llm: LLM, length: int, asked: Asked, number: int) -> Row:
     """One answer as a row of the journal."""
     question = asked.question
     task, max_tokens = question.task, MAX_NEW_TOKENS[question.task]
-    prompt = llm.engine.chat_template.encode(messages(asked.text, question.text))
+    said = messages(asked.text, question.text, question.begin)
+    prompt = llm.engine.chat_template.encode(said, add_generation_prompt=False, continue_final_message=True)
     assert len(prompt) + max_tokens <= length, f"{len(prompt)} tokens were made for a prompt of {length}"
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     with prefill_bar(f"{task} {length}") as on_event:

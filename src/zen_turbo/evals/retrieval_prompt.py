@@ -21,16 +21,21 @@ from typing import NamedTuple
 
 from zen_turbo.errors import ConfigurationError
 
-GENERATOR_VERSION = 3
+GENERATOR_VERSION = 4
 TASKS = ("multikey", "multivalue", "kv")
 VALUES_PER_NAME = 4
 _QUESTION_TOKENS = 96  # room for the question when the context is sized
 _ASK = {
-    "multikey": "What is the access code of the {}? Answer with the number only.",
-    "multivalue": "What are the {1} access codes of the {0}? Answer with the {1} numbers only, separated by commas.",
-    "kv": "What is the value of the key {}? Answer with the value only.",
+    "multikey": "What is the access code of the {}?",
+    "multivalue": "What are the {1} access codes of the {0}?",
+    "kv": "What is the value of the key {}?",
 }
-_SAY = dict.fromkeys(("multikey", "multivalue"), "The access code of the {} is {}.") | {"kv": "The value of the key {} is {}."}
+_BEGIN = {
+    "multikey": "The access code of the {} is",
+    "multivalue": "The {1} access codes of the {0} are",
+    "kv": "The value of the key {} is",
+}
+_SAY = {"multikey": "The access code of the {} is {}.", "multivalue": "The access code of the {} is {}.", "kv": "The value of the key {} is {}."}
 
 _ADJECTIVES = (
     "amber ancient autumn bitter blue brave bright broken calm careful clever cold coral crimson curious dapper dark distant dusty eager "
@@ -50,10 +55,12 @@ _NOUNS = (
 
 
 class Question(NamedTuple):
-    """text: what follows the context. answers: strings that a right answer contains, each counted on its own."""
+    """text: what follows the context. begin: the words that the answer is made to begin with, as in RULER, because it is the model's search that is
+    tested and not its manners. answers: strings that a right answer contains, each counted on its own."""
 
     task: str
     text: str
+    begin: str
     answers: tuple[str, ...]
 
 
@@ -117,6 +124,8 @@ def make_context(
     if num_lines < 1:
         raise ConfigurationError(f"The {len(needles)} facts alone have more than {room} tokens.", param="questions")
     asked = [
-        Question(task, _ASK[task].format(name, VALUES_PER_NAME), values) for task, of_task in facts.items() for name, values in of_task.items()
+        Question(task, _ASK[task].format(name, VALUES_PER_NAME), _BEGIN[task].format(name, VALUES_PER_NAME), values)
+        for task, of_task in facts.items()
+        for name, values in of_task.items()
     ]
     return Context(text_with(num_lines), asked)
