@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from zen_turbo.errors import ConfigurationError
 
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 5
 TASKS = ("multikey", "multivalue", "kv")
 VALUES_PER_NAME = 4
 _QUESTION_TOKENS = 96  # room for the question when the context is sized
@@ -107,14 +107,17 @@ def make_context(
         else:
             per_name = VALUES_PER_NAME if task == "multivalue" else 1
             facts[task] = {every.pop(): tuple(str(next(codes)) for _ in range(per_name)) for _ in range(number)}
-    needles = [_SAY[task].format(name, value) for task, of_task in facts.items() for name, found in of_task.items() for value in found]
-    generator.shuffle(needles)
-    places = sorted(generator.random() for _ in needles)
+    needles: list[tuple[float, str]] = []  # how deep, and what; those of each task at all depths
+    for task, of_task in facts.items():
+        said = [_SAY[task].format(name, value) for name, found in of_task.items() for value in found]
+        generator.shuffle(said)
+        needles += [((number + generator.random()) / len(said), sentence) for number, sentence in enumerate(said)]
+    needles.sort()
 
     def text_with(num_lines: int) -> str:
         parts: list[str] = []
         done = 0
-        for place, needle in zip(places, needles, strict=True):
+        for place, needle in needles:
             at = int(place * num_lines)
             parts += [*lines[done:at], needle]
             done = at
