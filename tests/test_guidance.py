@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import schemas
 import tiny
 import torch
 from hypothesis import given, settings
@@ -124,6 +126,17 @@ def test_an_answer_is_valid_for_its_schema(engine: Engine, name: str) -> None:
         validator.validate(json.loads(text))
 
 
+def test_schemas_as_people_write_them_are_accepted(engine: Engine) -> None:
+    """The ones that the default model answers in test_real_weights.py."""
+    made = schemas.made_up(200)
+    used = Counter(word for schema in made for word in set(schemas.keywords(schema)))
+    words = "$ref allOf anyOf oneOf const enum format items maxItems maxLength minLength minimum multipleOf pattern patternProperties prefixItems"
+    assert all(used[word] >= 10 for word in words.split()), used
+    for schema in made:
+        jsonschema.Draft202012Validator.check_schema(schema)
+        assert engine.guidance.matcher(of_schema(schema)).allowed().any()
+
+
 _LEAVES = st.sampled_from(
     [
         {"type": "boolean"},
@@ -176,6 +189,46 @@ def test_white_space_is_bounded(engine: Engine) -> None:
     newline = engine.tokenizer.encode("\n")[0]
     ((text, reason),) = answers(engine, of_schema({"type": "array", "items": {"enum": [1]}, "maxItems": 2}), logit_bias={newline: 100.0})
     assert reason == "stop" and "\n\n" not in text and json.loads(text) in ([], [1], [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("schema", "digits"),
+    [
+        ({"type": "integer"}, 19),
+        ({"type": ["integer", "null"], "minimum": 5}, 19),
+        ({"type": "number", "minimum": -90, "exclusiveMaximum": 90}, 9),
+        ({"type": "number", "exclusiveMinimum": 0.25, "maximum": 0.9}, 9),
+        ({"$defs": {"n": {"type": "integer"}}, "anyOf": [{"$ref": "#/$defs/n"}, {"type": "number", "minimum": 0, "maximum": 9}]}, 19),
+        ({"type": "array", "prefixItems": [{"type": "integer"}], "items": False, "minItems": 1}, 19),
+    ],
+)
+def test_numbers_end(engine: Engine, schema: dict[str, Any], digits: int) -> None:
+    """Biased towards nothing but one digit and the point, the model has to go on all the same."""
+    bias = {engine.tokenizer.encode(text)[0]: 100.0 for text in "7."}
+    for text, reason in answers(engine, of_schema(schema), count=3, logit_bias=bias, max_tokens=60):
+        assert reason == "stop" and max(map(len, re.findall(r"\d+", text))) <= digits
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "number"}, "6.02e23"),
+        ({"type": "integer", "minimum": 0}, "9223372036854774784"),
+        ({"type": "integer"}, "-9223372036854774784"),
+        ({"type": "number", "minimum": 0, "maximum": 1}, "0.123456789"),
+        ({"type": "number", "minimum": 0, "maximum": 1e-12}, "0.0000000000005"),
+        ({"type": "number", "minimum": 0, "maximum": 100, "allOf": [{"multipleOf": 25}]}, "75"),
+        ({"type": "object", "properties": {"type": {"const": "number"}, "maximum": {"type": "integer"}}}, '{"type":"number","maximum":12}'),
+        ({"enum": [{"type": "integer"}]}, '{"type":"integer"}'),
+    ],
+)
+def test_numbers_that_may_be_said(engine: Engine, schema: dict[str, Any], text: str) -> None:
+    matcher = engine.guidance.matcher(of_schema(schema))
+    for token in engine.tokenizer.encode(text):
+        assert matcher.allowed()[token], text
+        matcher.consume(token)
+    assert matcher.allowed()[engine.tokenizer.special_tokens["<|im_end|>"]]
 
 
 def test_other_rules(engine: Engine) -> None:

@@ -4,7 +4,8 @@ A grammar is a text in llguidance's Lark dialect; the functions here write the p
 regular expression, a choice). ``Guidance`` belongs to an engine and knows its vocabulary; a ``Matcher`` belongs to a request and says before
 each token which ones may come. Nothing is fetched: a ``$ref`` to another document is an error.
 
-JSON may have white space between its parts, but a bounded run of it: a small model that likes line ends would otherwise never stop.
+JSON may have white space between its parts, but a bounded run of it: a small model that likes line ends would otherwise never stop. Nor would one
+that has begun to repeat a digit: integers have 64 bits at most, and numbers between two bounds nine decimals.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ _WHITE_SPACE = r"( |\r?\n[ \t]{0,20})?"
 _MAX_LEXER_STATES = 50_000
 _MAX_COMPILED = 16
 _MAX_MESSAGE_CHARACTERS = 500
+_MAX_INTEGER = 2**63 - 1024  # the largest that the library, which has bounds as float64, takes for an int64
+_DECIMALS = 9  # the library counts multiples in 32 bits
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_SCHEMAS = ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf")
+_LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 
 
 def json_schema(schema: Any, *, strict: bool = True) -> str:
@@ -39,7 +45,37 @@ def json_schema(schema: Any, *, strict: bool = True) -> str:
     if not isinstance(schema, dict):
         raise InvalidRequestError(f"A JSON schema is an object, not {type(schema).__name__}.")
     options = {"whitespace_pattern": _WHITE_SPACE, "lenient": not strict}
+    # Two multiples that meet, in allOf or beside a $ref, overflow the library's count without a word.
+    schema = _bounded(schema, decimals='"multipleOf"' not in json.dumps(schema))
     return "%json " + json.dumps({**schema, "x-guidance": options})
+
+
+def _bounded(schema: Any, *, decimals: bool) -> Any:
+    """A narrower schema, in which numbers end. Numbers without bounds may need an exponent, which multiples exclude: they stay as they are."""
+    if isinstance(schema, list):
+        return [_bounded(each, decimals=decimals) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = dict(schema)
+    for name, value in schema.items():
+        if name in _NAMED_SCHEMAS and isinstance(value, dict):
+            result[name] = {key: _bounded(each, decimals=decimals) for key, each in value.items()}
+        elif name in _SCHEMAS:
+            result[name] = _bounded(value, decimals=decimals)
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    bounds = [schema[name] for name in (*_LOWER, *_UPPER) if name in schema]
+    if "enum" in schema or "const" in schema or not all(isinstance(bound, int | float) and abs(bound) < _MAX_INTEGER for bound in bounds):
+        return result
+    if "number" in kinds:
+        closed = any(name in schema for name in _LOWER) and any(name in schema for name in _UPPER)
+        if decimals and closed and all(bound == round(bound, _DECIMALS) for bound in bounds):
+            result["multipleOf"] = 10.0**-_DECIMALS
+    elif "integer" in kinds:
+        for names, bound in ((_LOWER, -_MAX_INTEGER), (_UPPER, _MAX_INTEGER)):
+            if not any(name in schema for name in names):
+                result[names[0]] = bound
+    return result
 
 
 def json_object() -> str:
