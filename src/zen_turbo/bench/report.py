@@ -30,6 +30,7 @@ from rich.table import Table
 import zen_turbo
 from zen_turbo import native
 from zen_turbo.errors import ConfigurationError
+from zen_turbo.models.linear import packing_available
 
 GIB = 2**30
 _SIGNIFICANT_DIGITS = 6
@@ -53,6 +54,7 @@ def machine_facts() -> dict[str, Any]:
         "memory_available_gib": memory.available / GIB,
         "kernel_isa": kernel["isa"],
         "kernel_reason": kernel["reason"],
+        "bf16_linear": "oneDNN" if packing_available() else "own, widened to fp32",
         "zen_turbo": zen_turbo.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

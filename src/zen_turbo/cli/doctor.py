@@ -60,6 +60,7 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("CPU", facts["cpu"]),
         ("features", " ".join(kernel["features"]) or "none that matter here"),
         ("kernel", f"{kernel['isa']}: {kernel['reason']} (available: {', '.join(kernel['available'])})"),
+        ("linear layers", f"bf16: {facts['bf16_linear']}"),
         ("library", kernel["library"]),
         ("threads", f"{facts['threads']} (CPUs this process may use)"),
         ("memory", f"{facts['memory_gib']:.1f} GiB, {facts['memory_usable_gib']:.1f} GiB can be used now"),
