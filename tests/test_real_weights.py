@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import openai
 import pytest
+import schemas
+from test_server import NAME, serving_client
 
 from zen_turbo import LLM
 from zen_turbo.evals.passkey import GREEDY
@@ -67,3 +74,29 @@ def test_greedy_continuations_are_those_of_transformers(model: str, tmp_path: Pa
     options: list[Any] = ["--model", model, "--prompts", "3", "--tokens", "32", "--output", tmp_path / "record.json"]
     done = subprocess.run([sys.executable, "scripts/compare_transformers.py", *map(str, options)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_answers_are_valid_for_two_hundred_schemas(llm: LLM) -> None:
+    """Asked for 32 at a time, so that they are decoded together. A refusal of any raises."""
+    made = schemas.made_up(200)
+
+    def ask(client: openai.OpenAI, number: int) -> tuple[str, str]:
+        text = f"Make up a {schemas.TOPICS[number % len(schemas.TOPICS)]}, in JSON."  # what is in it, only the grammar knows
+        form: Any = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": made[number]}}
+        answer = client.with_options(timeout=3600).chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": text}], response_format=form, temperature=0.7, seed=number, max_tokens=300
+        )
+        return answer.choices[0].message.content or "", answer.choices[0].finish_reason
+
+    with serving_client(llm.engine) as client, ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda number: ask(client, number), range(len(made))))
+    faults = []
+    for number, (schema, (text, reason)) in enumerate(zip(made, answers, strict=True)):
+        validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
+        if reason == "stop":
+            faults += [(number, fault.message, text) for fault in validator.iter_errors(json.loads(text))]
+    assert not faults
+    reasons = Counter(reason for _, reason in answers)
+    assert set(reasons) <= {"stop", "length"} and reasons["stop"] >= 160, reasons
