@@ -165,7 +165,7 @@ def test_doctor_says_what_was_found(run: Any, monkeypatch: pytest.MonkeyPatch, t
     assert [model["name"] for model in facts["models"]] == list(CATALOGUE)
     assert not any(model["present"] for model in facts["models"])
     text = run("doctor").out
-    for word in ("CPU", "kernel", "threads", "memory", "cache", *CATALOGUE, "not here"):
+    for word in ("CPU", "kernel", "linear layers", "threads", "memory", "cache", *CATALOGUE, "not here"):
         assert word in text
 
 

@@ -46,7 +46,7 @@ class EngineConfig:
     fidelity: float | None = _knob(
         None, "Share of estimated attention mass that adaptive attention keeps in every head, between 0 and 1. Default: steered by the preset."
     )
-    dense_tokens: int = _knob(4096, "Chunks that end within so many tokens of the prompt's beginning are read densely by every policy.")
+    dense_tokens: int = _knob(4096, "So many tokens at the beginning of a prompt are read densely by every policy.")
     decode_attention: str = _knob(
         "auto",
         "What each token of an answer reads: all pages (dense), the pages that matter to it (sparse), the pages that mattered to the prompt's end "
