@@ -49,7 +49,7 @@ def measurements() -> dict[str, Measurement]:
         add(f"passkey_turbo_{label}", minutes, "eval", "passkey", "--lengths", str(length), *grid, *preset_of("turbo"), "--kv-dtype", "int8")
     add("passkey_balanced", 50, "eval", "passkey", "--lengths", f"{short},131072", *grid, *preset_of("balanced"))
     add("passkey_faithful", 25, "eval", "passkey", "--lengths", short, *grid, *preset_of("faithful"))
-    for length, label, questions, minutes in ((32768, "32k", 200, 45), (131072, "128k", 100, 110)):
+    for length, label, questions, minutes in ((32768, "32k", 200, 60), (131072, "128k", 100, 150)):
         options = ["--lengths", str(length), "--questions", str(questions)]
         add(f"retrieval_{label}", minutes, "eval", "retrieval", "--attention", ALL_POLICIES, *options)
         int8 = ["--attention", "dense,adaptive:balanced", "--kv-dtype", "int8"]
