@@ -21,8 +21,8 @@ NAMES = tuple(
 )
 WORDS = tuple("open,closed,pending,low,medium,high,EUR,USD,red,dark blue,north,café,naïve,東京,n/a,none,A+,\"quoted\",a\\b,on/off,<b>".split(","))
 PATTERNS = tuple(
-    r"^[A-Z]{2,3}-\d{4}$ ^#[0-9a-f]{6}$ ^\d+\.\d+\.\d+$ ^[A-Z][a-z]{2,12}$ ^(yes|no|maybe)$ ^\+?[0-9]{6,12}$ ^[a-z0-9]+(-[a-z0-9]+){0,3}$ "
-    r"^([01]\d|2[0-3]):[0-5]\d$ ^[^\s@]{1,12}$ [0-9]{3}$".split()
+    r"^[A-Z]{2,3}-\d{4}$ ^#[0-9a-f]{6}$ ^\d{1,2}\.\d{1,3}\.\d{1,4}$ ^[A-Z][a-z]{2,12}$ ^(yes|no|maybe)$ ^\+?[0-9]{6,12}$ ^[a-z]+(-[a-z0-9]+){0,3}$ "
+    r"^([01]\d|2[0-3]):[0-5]\d$ ^[^\s@]{1,12}$ ^.{0,12}[0-9]{3}$".split()
 )
 FORMATS = ("date", "time", "date-time", "email", "uuid", "ipv4", "ipv6", "uri", "hostname", "duration")
 

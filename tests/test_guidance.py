@@ -200,6 +200,7 @@ def test_white_space_is_bounded(engine: Engine) -> None:
         ({"type": "number", "exclusiveMinimum": 0.25, "maximum": 0.9}, 9),
         ({"$defs": {"n": {"type": "integer"}}, "anyOf": [{"$ref": "#/$defs/n"}, {"type": "number", "minimum": 0, "maximum": 9}]}, 19),
         ({"type": "array", "prefixItems": [{"type": "integer"}], "items": False, "minItems": 1}, 19),
+        ({"type": "string", "format": "duration"}, 30),
     ],
 )
 def test_numbers_end(engine: Engine, schema: dict[str, Any], digits: int) -> None:
@@ -221,6 +222,9 @@ def test_numbers_end(engine: Engine, schema: dict[str, Any], digits: int) -> Non
         ({"type": "number", "minimum": 0, "maximum": 100, "allOf": [{"multipleOf": 25}]}, "75"),
         ({"type": "object", "properties": {"type": {"const": "number"}, "maximum": {"type": "integer"}}}, '{"type":"number","maximum":12}'),
         ({"enum": [{"type": "integer"}]}, '{"type":"integer"}'),
+        ({"type": "string", "format": "date-time"}, '"2026-11-26T23:59:59.123456789+01:00"'),
+        ({"type": "string", "format": "time"}, '"23:59:59.123456789-01:30"'),
+        ({"type": "string", "format": "duration"}, '"P1234Y11M30DT23H59M59S"'),
     ],
 )
 def test_numbers_that_may_be_said(engine: Engine, schema: dict[str, Any], text: str) -> None:

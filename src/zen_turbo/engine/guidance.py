@@ -5,7 +5,7 @@ regular expression, a choice). ``Guidance`` belongs to an engine and knows its v
 each token which ones may come. Nothing is fetched: a ``$ref`` to another document is an error.
 
 JSON may have white space between its parts, but a bounded run of it: a small model that likes line ends would otherwise never stop. Nor would one
-that has begun to repeat a digit: integers have 64 bits at most, and numbers between two bounds nine decimals.
+that has begun to repeat a digit: integers have 64 bits at most, numbers between two bounds nine decimals, and times and durations a length.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _MAX_COMPILED = 16
 _MAX_MESSAGE_CHARACTERS = 500
 _MAX_INTEGER = 2**63 - 1024  # the largest that the library, which has bounds as float64, takes for an int64
 _DECIMALS = 9  # the library counts multiples in 32 bits
+_LONGEST = {"time": 24, "date-time": 35, "duration": 32}  # with nine decimals of a second and the difference to UTC
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMAS = ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf")
 _LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
@@ -51,7 +52,7 @@ def json_schema(schema: Any, *, strict: bool = True) -> str:
 
 
 def _bounded(schema: Any, *, decimals: bool) -> Any:
-    """A narrower schema, in which numbers end. Numbers without bounds may need an exponent, which multiples exclude: they stay as they are."""
+    """A narrower schema, in which numbers and times end. Numbers without bounds may need an exponent, which multiples exclude: they stay."""
     if isinstance(schema, list):
         return [_bounded(each, decimals=decimals) for each in schema]
     if not isinstance(schema, dict):
@@ -62,6 +63,8 @@ def _bounded(schema: Any, *, decimals: bool) -> Any:
             result[name] = {key: _bounded(each, decimals=decimals) for key, each in value.items()}
         elif name in _SCHEMAS:
             result[name] = _bounded(value, decimals=decimals)
+    if not schema.keys() & {"minLength", "maxLength"} and schema.get("format") in tuple(_LONGEST):
+        result["maxLength"] = _LONGEST[schema["format"]]
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     bounds = [schema[name] for name in (*_LOWER, *_UPPER) if name in schema]
