@@ -53,8 +53,8 @@ class EngineConfig:
         "(snapkv), or auto: sparse after a sparse prefill.",
         choices=DECODE_POLICIES,
     )
-    decode_pages: int = _knob(256, "Most pages, per layer and KV head, that a token of an answer reads with sparse decode, beside the recent ones.")
-    decode_dense_tokens: int = _knob(8192, "Contexts up to so many tokens are read whole by every token of an answer.")
+    decode_pages: int = _knob(512, "Most pages, per layer and KV head, that a token of an answer reads with sparse decode, beside the recent ones.")
+    decode_dense_tokens: int = _knob(32768, "Contexts up to so many tokens are read whole by every token of an answer.")
     context_extension: str = _knob(
         "dca",
         "How positions beyond the trained window are reached: dca (Dual Chunk Attention, exact inside the window) or none.",
