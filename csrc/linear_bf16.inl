@@ -31,14 +31,10 @@ static __attribute__((noinline)) void wide_strip(const float* x, const typename 
 
 template <class W>
 static void wide_rows(int rows, const float* x, const typename W::T* w, int64_t inputs, float* total) {
-  switch (rows) {
-    case 1: return wide_strip<1, W>(x, w, inputs, total);
-    case 2: return wide_strip<2, W>(x, w, inputs, total);
-    case 3: return wide_strip<3, W>(x, w, inputs, total);
-    case 4: return wide_strip<4, W>(x, w, inputs, total);
-    case 5: return wide_strip<5, W>(x, w, inputs, total);
-    default: return wide_strip<6, W>(x, w, inputs, total);
-  }
+  static constexpr decltype(&wide_strip<1, W>) strips[] = {wide_strip<1, W>, wide_strip<2, W>, wide_strip<3, W>,
+                                                           wide_strip<4, W>, wide_strip<5, W>, wide_strip<6, W>};
+  static_assert(sizeof strips / sizeof *strips == WIDE_ROWS, "a strip has a function for every count of rows");
+  strips[rows - 1](x, w, inputs, total);
 }
 
 template <class S>

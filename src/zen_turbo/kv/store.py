@@ -125,6 +125,7 @@ class PageStore:
         self._root = folder
         self._folder = folder / f"v{FORMAT}-{identity.hex()[:32]}"
         self._pool = pool
+        self._row_bytes = [block.shape[1] for block in pool.blocks()]  # of a page, in each block of a segment
         self._quota_bytes = quota_bytes
         self._records: dict[bytes, _Record] = {}
         self._known: set[str] = set()  # segments whose manifests were read
@@ -144,6 +145,10 @@ class PageStore:
         self._thread.start()
         atexit.register(self.close)  # what was read for an hour is kept though nobody closes the engine
 
+    def _offsets(self, num_pages: int) -> list[int]:
+        """Where each block begins in a segment of so many pages, at what can be mapped; then the size of the segment."""
+        return [0, *itertools.accumulate(-(-num_pages * size // _ALIGNMENT) * _ALIGNMENT for size in self._row_bytes)]
+
     # Reading.
 
     def find(self, keys: Sequence[bytes]) -> int:
@@ -162,7 +167,7 @@ class PageStore:
         by_segment: dict[Path, list[int]] = {}
         for at, record in enumerate(records):
             by_segment.setdefault(record.segment, []).append(at)
-        good = np.zeros(len(keys), dtype=bool)
+        good, blocks = np.zeros(len(keys), dtype=bool), self._pool.blocks()
 
         def read(segment: Path, places: list[int]) -> None:
             first = records[places[0]]
@@ -171,9 +176,9 @@ class PageStore:
                     first.manifest.check(file)
                     if any(records[at].page.tokens != wanted[at].tobytes() for at in places):
                         raise ValueError("its tokens are others")
-                    offsets = _offsets(self._pool, len(first.manifest.pages))
+                    offsets = self._offsets(len(first.manifest.pages))
                     for run in _runs(places, [records[at].index for at in places]):
-                        for block, offset in zip(self._pool.blocks(), offsets, strict=False):
+                        for block, offset in zip(blocks, offsets, strict=False):
                             begin = offset + records[run[0]].index * block.shape[1]
                             self._pool.fill(block, [slots[at] for at in run], file.fileno(), begin)
                 good[places] = True
@@ -197,7 +202,7 @@ class PageStore:
             segment = self._folder / name
             try:
                 manifest = read_manifest(segment)
-                if manifest.num_bytes != _offsets(self._pool, len(manifest.pages))[-1]:
+                if manifest.num_bytes != self._offsets(len(manifest.pages))[-1]:
                     raise ValueError("its pages have another size")
             except (OSError, ValueError) as error:
                 self._set_aside(segment, str(error))
@@ -278,12 +283,12 @@ class PageStore:
         self._remove_stale()
         segment = self._folder / uuid.uuid4().hex
         temporary = segment.with_suffix(".pages.tmp")
-        slots, digest = [page.slot for page in pages], hashlib.sha256()
+        slots, offsets, digest = [page.slot for page in pages], self._offsets(len(pages)), hashlib.sha256()
         try:
             with temporary.open("xb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                for block, size in zip(self._pool.blocks(), _sizes(self._pool, len(pages)), strict=True):
-                    content = block[slots].tobytes().ljust(size, b"\0")
+                for block, (begin, end) in zip(self._pool.blocks(), itertools.pairwise(offsets), strict=True):
+                    content = block[slots].tobytes().ljust(end - begin, b"\0")
                     digest.update(content)
                     file.write(content)
                 file.flush()
@@ -293,7 +298,7 @@ class PageStore:
                     {"key": page.key.hex(), "tokens": _text(np.asarray(page.tokens, dtype=np.int32).tobytes()), "note": _text(page.note)}
                     for page in pages
                 ]
-                body = {"format": FORMAT, "bytes": _offsets(self._pool, len(pages))[-1], "pages_sha256": digest.hexdigest(), "pages": entries}
+                body = {"format": FORMAT, "bytes": offsets[-1], "pages_sha256": digest.hexdigest(), "pages": entries}
                 body["sha256"] = _digest(body)
                 _write_atomic(segment.with_suffix(".manifest"), json.dumps(body).encode())
         except BaseException:
@@ -373,16 +378,6 @@ def remove_segment(segment: Path) -> None:
     for suffix in (".manifest", ".pages"):
         with contextlib.suppress(OSError):
             segment.with_suffix(suffix).unlink(missing_ok=True)
-
-
-def _sizes(pool: PagePool, num_pages: int) -> list[int]:
-    """Bytes of each block in a segment of so many pages, rounded up to what can be mapped."""
-    return [-(-num_pages * block.shape[1] // _ALIGNMENT) * _ALIGNMENT for block in pool.blocks()]
-
-
-def _offsets(pool: PagePool, num_pages: int) -> list[int]:
-    """Where each block begins in such a segment; then the size of the segment."""
-    return [0, *itertools.accumulate(_sizes(pool, num_pages))]
 
 
 def _runs(places: Sequence[int], indices: Sequence[int]) -> list[list[int]]:
