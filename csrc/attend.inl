@@ -1,12 +1,13 @@
 // Block-sparse flash attention, written once over the small vocabulary that each isa_*.cpp supplies:
 //
 //   vec                16 floats: zero set1 load store add sub mul fma max_ reduce_max reduce_add any_greater exp2_fast exp2_fine
-//   ROWS, COLS         register tile of the micro-kernel: rows x vecs; ROWS * COLS accumulators must fit the register file
 //   Bf16Dot, F32Dot    how a product step is taken: A (type of a query or probability element in scratch), PAIR (elements per step),
-//                      mac(acc, a, step, b) with b the 64 * PAIR / 2 or 64 bytes of one step, to_a / store_a conversions
+//                      mac(acc, a, b) with b the 64 bytes of one step, load_a and store_p conversions; and ROWS, COLS, the register tile
+//                      of the micro-kernel (rows x vecs, whose accumulators must fit the register file), or TILES: it has a unit that
+//                      multiplies matrices, ROWS rows at a time, in tile_product; Thread is what a thread sets up for it
 //
 // Work item = (query head, query block of 64 rows), or (KV head, part of the list) in decode; one thread computes one item in list order,
-// so the result does not depend on scheduling or on the number of threads. For a strip of ROWS rows and a batch of key pages:
+// so the result does not depend on scheduling or on the number of threads. For a strip of Dot::ROWS rows and a batch of key pages:
 //   S = Q K^T (micro-kernel)  ->  mask where the page crosses the diagonal or the window  ->  online softmax  ->  O += P V (micro-kernel)
 // Scores stay in L1. The running maximum is lazy: accumulators are rescaled only when it grows by more than 8 (in powers of two), so P is at
 // most 2^8 and the final division cancels the factor. The row sum adds P before it is rounded to bf16. Masked scores are a large finite
@@ -55,10 +56,11 @@ static inline __attribute__((always_inline)) void micro(const typename Dot::A* a
     for (int v = 0; v < NV; v++) store(c + r * c_stride + v * 16, acc[r][v]);
 }
 
-// The same for any number of vecs, in passes of at most COLS.
+// The same for any number of vecs, in passes of at most Dot::COLS.
 template <class Dot, int R, bool ACCUMULATE>
-static void product(const typename Dot::A* a, int64_t a_stride, int steps, const char* const* pages, int num_pages, int64_t b_vec,
-                    int64_t b_step, int num_vecs, float* c, int64_t c_stride) {
+static void product_of_rows(const typename Dot::A* a, int64_t a_stride, int steps, const char* const* pages, int num_pages, int64_t b_vec,
+                            int64_t b_step, int num_vecs, float* c, int64_t c_stride) {
+  constexpr int COLS = Dot::COLS;
   int passes = (num_vecs + COLS - 1) / COLS, done = 0;
   for (int pass = 0; pass < passes; pass++) {
     const int width = (num_vecs - done + (passes - pass) - 1) / (passes - pass);  // even passes: 5 vecs as 3 + 2
@@ -75,6 +77,18 @@ static void product(const typename Dot::A* a, int64_t a_stride, int steps, const
   }
 }
 
+// The same for any number of rows up to Dot::ROWS. Tiles always take Dot::ROWS: those beyond `rows` must be there, whatever they hold.
+template <class Dot, bool ACCUMULATE, int R = Dot::ROWS>
+static void product(int rows, const typename Dot::A* a, int64_t a_stride, int steps, const char* const* pages, int num_pages, int64_t b_vec,
+                    int64_t b_step, int num_vecs, float* c, int64_t c_stride) {
+  if constexpr (Dot::TILES)
+    Dot::template tile_product<ACCUMULATE>(a, a_stride, steps, pages, num_pages, b_vec, b_step, num_vecs, c, c_stride);
+  else if (R == 1 || rows == R)
+    product_of_rows<Dot, R, ACCUMULATE>(a, a_stride, steps, pages, num_pages, b_vec, b_step, num_vecs, c, c_stride);
+  else
+    product<Dot, ACCUMULATE, (R > 1 ? R - 1 : 1)>(rows, a, a_stride, steps, pages, num_pages, b_vec, b_step, num_vecs, c, c_stride);
+}
+
 // Scratch of one thread; pointers into one allocation.
 template <class Dot>
 struct Scratch {
@@ -88,7 +102,11 @@ struct Scratch {
   typename Dot::A* p;     // [ROWS][KEYS]
   typename Dot::Stored* unpacked;  // [BATCH] pages: of int8 pages only
 
+  static constexpr int ROWS = Dot::ROWS;
+  static int whole(int rows) { return Dot::TILES ? (rows + ROWS - 1) / ROWS * ROWS : rows; }
+
   static int64_t bytes(int rows, int head_dim, bool int8) {
+    rows = whole(rows);
     const int64_t tile = int64_t(rows) * head_dim;
     return 3 * pad(tile * sizeof(typename Dot::A)) + pad(tile * 4) + pad(rows * 64) + 2 * pad(rows * 4) + pad(rows * 8) +
            pad(ROWS * KEYS * 4) + pad(ROWS * KEYS * sizeof(typename Dot::A)) +
@@ -96,6 +114,7 @@ struct Scratch {
   }
   static int64_t pad(int64_t n) { return (n + 63) / 64 * 64; }
   void place(char* at, int rows, int head_dim) {
+    rows = whole(rows);
     const int64_t tile = int64_t(rows) * head_dim;
     at = (char*)(((uintptr_t)at + 63) / 64 * 64);
     for (int v = 0; v < 3; v++) q[v] = (typename Dot::A*)at, at += pad(tile * sizeof(typename Dot::A));
@@ -160,23 +179,24 @@ static inline __attribute__((always_inline)) void softmax_row(const float* s, ty
   store(sum, total);
 }
 
-template <class Dot, int R>
+template <class Dot>
 static void strip(const Tile<Dot>& t, Scratch<Dot>& w, int row, const char* const* k_pages, const int32_t* entry, const bool* masked,
                   int num_pages) {
+  const int rows = t.rows - row < Dot::ROWS ? t.rows - row : Dot::ROWS;
   const int head_dim = t.head_dim;
   for (int i = 0; i < num_pages; i++) {
     const typename Dot::A* q = w.q[entry[i] & 3] + int64_t(row) * head_dim;
-    product<Dot, R, false>(q, head_dim, head_dim / Dot::PAIR, k_pages + i, 1, int64_t(head_dim) * Dot::STORED_BYTES * 16, Dot::STEP_BYTES,
+    product<Dot, false>(rows, q, head_dim, head_dim / Dot::PAIR, k_pages + i, 1, int64_t(head_dim) * Dot::STORED_BYTES * 16, Dot::STEP_BYTES,
                            ZT_PAGE / 16, w.s + i * ZT_PAGE, KEYS);
     if (masked[i])
-      for (int r = 0; r < R; r++) mask_scores<Dot>(w.s + r * KEYS + i * ZT_PAGE, entry[i] >> 2, w.position[row + r], t.window);
+      for (int r = 0; r < rows; r++) mask_scores<Dot>(w.s + r * KEYS + i * ZT_PAGE, entry[i] >> 2, w.position[row + r], t.window);
   }
-  for (int r = 0; r < R; r++)
+  for (int r = 0; r < rows; r++)
     softmax_row<Dot>(w.s + r * KEYS, w.p + r * KEYS, num_pages * ZT_PAGE, w.factor[row + r], w.top + row + r, w.sum + (row + r) * 16,
                      w.o + int64_t(row + r) * head_dim, head_dim);
   const char* v_pages[BATCH];
   for (int i = 0; i < num_pages; i++) v_pages[i] = k_pages[i] + int64_t(ZT_PAGE) * head_dim * Dot::STORED_BYTES;
-  product<Dot, R, true>(w.p, KEYS, ZT_PAGE / Dot::PAIR, v_pages, num_pages, Dot::STEP_BYTES, int64_t(head_dim) * Dot::STEP_BYTES / 16,
+  product<Dot, true>(rows, w.p, KEYS, ZT_PAGE / Dot::PAIR, v_pages, num_pages, Dot::STEP_BYTES, int64_t(head_dim) * Dot::STEP_BYTES / 16,
                         head_dim / 16, w.o + int64_t(row) * head_dim, head_dim);
 }
 
@@ -189,7 +209,7 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
   bool loaded[3] = {false, false, false};
   const int64_t elements = 2 * int64_t(ZT_PAGE) * head_dim;
   const int64_t page_bytes = t.int8 ? int8_page_bytes(head_dim) : elements * Dot::STORED_BYTES;
-  const int strips = (t.rows + ROWS - 1) / ROWS;
+  const int strips = (t.rows + Dot::ROWS - 1) / Dot::ROWS;
   const int64_t share = (BATCH * page_bytes / 64 + strips - 1) / strips;  // cache lines of the next batch fetched per strip
 
   for (int64_t e = 0; e < t.num_entries; e += BATCH) {
@@ -218,21 +238,14 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
     }
     for (int i = 0; i < ahead; i++) next[i] = t.pages + int64_t(t.page_table[t.entries[e + count + i] >> 2]) * t.slot_stride;
     int64_t line = 0;
-    for (int row = 0; row < t.rows; row += ROWS) {
+    for (int row = 0; row < t.rows; row += Dot::ROWS) {
       for (int64_t l = line; l < line + share; l++) {
         const int64_t at = l * 64;
         const int i = at >= page_bytes ? 1 : 0;
         if (i < ahead && at - i * page_bytes < page_bytes) __builtin_prefetch(next[i] + (at - i * page_bytes), 0, 2);
       }
       line += share;
-      switch (t.rows - row) {
-        case 1: strip<Dot, (ROWS > 1 ? 1 : ROWS)>(t, w, row, k_pages, t.entries + e, masked, count); break;
-        case 2: strip<Dot, (ROWS > 2 ? 2 : ROWS)>(t, w, row, k_pages, t.entries + e, masked, count); break;
-        case 3: strip<Dot, (ROWS > 3 ? 3 : ROWS)>(t, w, row, k_pages, t.entries + e, masked, count); break;
-        case 4: strip<Dot, (ROWS > 4 ? 4 : ROWS)>(t, w, row, k_pages, t.entries + e, masked, count); break;
-        case 5: strip<Dot, (ROWS > 5 ? 5 : ROWS)>(t, w, row, k_pages, t.entries + e, masked, count); break;
-        default: strip<Dot, ROWS>(t, w, row, k_pages, t.entries + e, masked, count);
-      }
+      strip<Dot>(t, w, row, k_pages, t.entries + e, masked, count);
     }
   }
 }
@@ -270,6 +283,7 @@ static int attend_typed(const zt_attend_args* a) {
   {
     Scratch<Dot> w;
     w.place(memory + bytes * omp_get_thread_num(), ZT_PAGE, a->head_dim);
+    const typename Dot::Thread thread;
     // Most expensive first: with causal lists the last block. Heads innermost, so that neighbours in time share KV pages.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; item++) {
@@ -322,6 +336,7 @@ static int decode_typed(const zt_attend_args* a) {
   {
     Scratch<Dot> w;
     w.place(memory + bytes * omp_get_thread_num(), int(group), head_dim);
+    const typename Dot::Thread thread;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < groups * parts; item++) {
       const int64_t g = item / parts, part = item % parts, head = g * group;

@@ -9,6 +9,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -17,6 +21,17 @@ const char* const kFeatureNames[] = {"avx2",     "fma",      "f16c",        "avx
                                      "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_bf16"};
 
 uint64_t bit(Feature f) { return uint64_t(1) << f; }
+
+// Linux saves the large state of tiles only for processes that have asked for it.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
 
 uint64_t detect() {
 #if defined(__x86_64__)
@@ -39,7 +54,7 @@ uint64_t detect() {
     if (b & (1u << 17)) found |= bit(AVX512DQ);
     if (b & (1u << 31)) found |= bit(AVX512VL);
     if (c & (1u << 11)) found |= bit(AVX512_VNNI);
-    if (tiles && (d & (1u << 22))) found |= bit(AMX_BF16);
+    if (tiles && (d & (1u << 22)) && (d & (1u << 24)) && may_use_tiles()) found |= bit(AMX_BF16);
     unsigned a1, b1, c1, d1;
     if (a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && (a1 & (1u << 5))) found |= bit(AVX512_BF16);
   }
@@ -68,7 +83,8 @@ const Choice* choices(int* count) {
 #if defined(__x86_64__)
   static const uint64_t avx2 = bit(AVX2) | bit(FMA);
   static const uint64_t avx512 = avx2 | bit(AVX512F) | bit(AVX512BW) | bit(AVX512DQ) | bit(AVX512VL);
-  static const Choice list[] = {{&zt_avx512_bf16_kernels, avx512 | bit(AVX512_BF16) | bit(AVX512_VNNI)},
+  static const Choice list[] = {{&zt_amx_kernels, avx512 | bit(AVX512_BF16) | bit(AVX512_VNNI) | bit(AMX_BF16)},
+                                {&zt_avx512_bf16_kernels, avx512 | bit(AVX512_BF16) | bit(AVX512_VNNI)},
                                 {&zt_avx512_kernels, avx512},
                                 {&zt_avx2_kernels, avx2},
                                 {&zt_scalar_kernels, 0}};
@@ -87,7 +103,7 @@ const zt_kernels* selected() {
     const Choice* list = choices(&count);
     const uint64_t found = detect();
     for (int i = 0; i < count && !g_selected; i++)
-      if ((list[i].needs & ~found) == 0 && !(i == 0 && intel())) g_selected = list[i].kernels;
+      if ((list[i].needs & ~found) == 0 && !(list[i].kernels == &zt_avx512_bf16_kernels && intel())) g_selected = list[i].kernels;
   }
   return g_selected;
 }

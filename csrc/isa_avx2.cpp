@@ -4,11 +4,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "dot.h"
 #include "exp2_polynomials.h"
 
 namespace {
-
-constexpr int ROWS = 5, COLS = 1;  // 10 accumulators + operands of 16 registers
 
 struct vec {
   __m256 lo, hi;
@@ -84,12 +83,13 @@ static inline void store_bf16(uint16_t* p, vec v) {
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
-struct F32Dot {
+struct F32Dot : InRegisters {
   typedef float A;
   typedef float Stored;
   typedef vec B;
   typedef vec Broadcast;
   static constexpr int PAIR = 1, STORED_BYTES = 4, STEP_BYTES = 64;
+  static constexpr int ROWS = 5, COLS = 1;  // 10 accumulators + operands of 16 registers
   static inline B load_b(const char* p) { return load((const float*)p); }
   static inline Broadcast broadcast(const A* p) { return set1(*p); }
   static inline vec mac(vec acc, Broadcast a, B b) { return fma(a, b, acc); }
@@ -112,7 +112,7 @@ static inline vec set_pair(const float* p) {  // p[0], p[1], p[0], ...
   return {half, half};
 }
 
-struct Bf16Dot {
+struct Bf16Dot : InRegisters {
   typedef float A;
   typedef uint16_t Stored;
   struct B {
@@ -122,6 +122,7 @@ struct Bf16Dot {
     __m256 even, odd;
   };
   static constexpr int PAIR = 2, STORED_BYTES = 2, STEP_BYTES = 64;
+  static constexpr int ROWS = 5, COLS = 1;
   static inline B load_b(const char* p) {
     const __m256i a = _mm256_loadu_si256((const __m256i*)p), b = _mm256_loadu_si256((const __m256i*)(p + 32));
     const __m256i high = _mm256_set1_epi32(int32_t(0xffff0000));

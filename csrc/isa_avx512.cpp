@@ -1,5 +1,4 @@
 // AVX-512 without bf16 arithmetic: pages are bf16, products are fp32 FMAs on the even and odd halves of each pair.
-#include "exp2_polynomials.h"
 #include "isa_avx512_common.h"
 
 namespace {
@@ -11,7 +10,7 @@ static inline __m256i round_bf16(vec v) {  // nearest even
 }
 static inline void store_bf16(uint16_t* p, vec v) { _mm256_storeu_si256((__m256i*)p, round_bf16(v)); }
 
-struct Bf16Dot {
+struct Bf16Dot : InRegisters {
   typedef float A;
   typedef uint16_t Stored;
   struct B {
@@ -21,6 +20,7 @@ struct Bf16Dot {
     vec even, odd;
   };
   static constexpr int PAIR = 2, STORED_BYTES = 2, STEP_BYTES = 64;
+  static constexpr int ROWS = 6, COLS = 2;  // 12 accumulators; an operand is two registers, its halves, and so is a broadcast
   static inline B load_b(const char* p) {
     const __m512i pairs = _mm512_loadu_si512(p);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),

@@ -1,13 +1,14 @@
-// Vocabulary shared by the two AVX-512 targets: everything but the bf16 product step. Included once by each; all names are in an anonymous
+// Vocabulary shared by the AVX-512 targets: everything but the bf16 product step. Included once by each; all names are in an anonymous
 // namespace so that the linker keeps the copies apart.
 #include <immintrin.h>
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
 
-namespace {
+#include "dot.h"
+#include "exp2_polynomials.h"
 
-constexpr int ROWS = 6, COLS = 4;  // 24 accumulators + 4 operands + 1 broadcast of 32 registers
+namespace {
 
 typedef __m512 vec;
 static inline vec zero() { return _mm512_setzero_ps(); }
@@ -55,12 +56,13 @@ static inline vec set_pair(const float* p) {  // p[0], p[1], p[0], ...
   return _mm512_castpd_ps(_mm512_set1_pd(both));
 }
 
-struct F32Dot {
+struct F32Dot : InRegisters {
   typedef float A;
   typedef float Stored;
   typedef vec B;
   typedef vec Broadcast;
   static constexpr int PAIR = 1, STORED_BYTES = 4, STEP_BYTES = 64;
+  static constexpr int ROWS = 6, COLS = 4;  // 24 accumulators + 4 operands + 1 broadcast of 32 registers
   static inline B load_b(const char* p) { return _mm512_loadu_ps(p); }
   static inline Broadcast broadcast(const A* p) { return _mm512_set1_ps(*p); }
   static inline vec mac(vec acc, Broadcast a, B b) { return fma(a, b, acc); }

@@ -3,11 +3,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "dot.h"
 #include "exp2_polynomials.h"
 
 namespace {
-
-constexpr int ROWS = 2, COLS = 1;  // 2 x 16 floats are 8 of 16 four-lane registers
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
@@ -79,12 +78,13 @@ static inline vec set_pair(const float* p) {  // p[0], p[1], p[0], ...
   return v;
 }
 
-struct F32Dot {
+struct F32Dot : InRegisters {
   typedef float A;
   typedef float Stored;
   typedef vec B;
   typedef float Broadcast;
   static constexpr int PAIR = 1, STORED_BYTES = 4, STEP_BYTES = 64;
+  static constexpr int ROWS = 2, COLS = 1;  // 2 x 16 floats are 8 of 16 four-lane registers
   static inline B load_b(const char* p) { return load((const float*)p); }
   static inline Broadcast broadcast(const A* p) { return *p; }
   static inline vec mac(vec acc, Broadcast a, B b) { return acc + b * a; }
@@ -94,7 +94,7 @@ struct F32Dot {
   static inline vec exp2(vec x) { return exp2_fine(x); }
 };
 
-struct Bf16Dot {
+struct Bf16Dot : InRegisters {
   typedef float A;
   typedef uint16_t Stored;
   struct B {
@@ -104,6 +104,7 @@ struct Bf16Dot {
     float even, odd;
   };
   static constexpr int PAIR = 2, STORED_BYTES = 2, STEP_BYTES = 64;
+  static constexpr int ROWS = 2, COLS = 1;
   static inline B load_b(const char* p) {
     const uvec pairs = *(const uvec*)p;
     return {(vec)(pairs << 16), (vec)(pairs & 0xffff0000u)};

@@ -164,7 +164,7 @@ typedef struct {
 
 extern const zt_kernels zt_scalar_kernels;
 #if defined(__x86_64__)
-extern const zt_kernels zt_avx2_kernels, zt_avx512_kernels, zt_avx512_bf16_kernels;
+extern const zt_kernels zt_avx2_kernels, zt_avx512_kernels, zt_avx512_bf16_kernels, zt_amx_kernels;
 #endif
 
 /* The public functions, in dispatch.cpp. zt_select returns 0, or -1 for an unknown name, -2 where the CPU lacks it. */

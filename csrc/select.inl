@@ -92,6 +92,7 @@ static int keep_by_energy(const float* energy, int64_t count, Free free, float m
 
 template <class S, class Dot>
 static int select_typed(const zt_select_args* a) {
+  constexpr int ROWS = Dot::ROWS;
   const int head_dim = a->head_dim, group = a->q_heads / a->kv_heads;
   const int64_t blocks = (a->num_rows + ZT_PAGE - 1) / ZT_PAGE, first_block = a->first_position / ZT_PAGE;
   const int64_t num_pages = first_block + blocks, padded = (num_pages + 63) / 64 * 64, words = padded / 64;
@@ -148,6 +149,7 @@ static int select_typed(const zt_select_args* a) {
     float* energy = (float*)(at += edge_bytes);
     float* factor = (float*)(at += energy_bytes);
     Step* steps = (Step*)(at += row_bytes);
+    const typename Dot::Thread thread;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < blocks * a->kv_heads; item++) {
       const int64_t block = blocks - 1 - item / a->kv_heads, h = item % a->kv_heads;
@@ -188,7 +190,7 @@ static int select_typed(const zt_select_args* a) {
             for (int v = variant_of(first); v >= variant_of(last); v--) {
               const bool whole = variant_of(first) == variant_of(last);
               float* to = whole ? scores + first : edge;
-              product<Dot, ROWS, false>(q[v] + int64_t(row) * width, width, width / Dot::PAIR, &tile, 1, vec_bytes[pass], Dot::STEP_BYTES,
+              product<Dot, false>(ROWS, q[v] + int64_t(row) * width, width, width / Dot::PAIR, &tile, 1, vec_bytes[pass], Dot::STEP_BYTES,
                                         vecs, to, whole ? padded : 64);
               if (!whole)
                 for (int64_t page = first; page <= last; page++)

@@ -53,7 +53,7 @@ def _resolve(name: str) -> Path:
 
 
 # Written out, because a test's name must not depend on the machine.
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @pytest.fixture(params=ISAS)

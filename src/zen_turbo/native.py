@@ -3,7 +3,7 @@
 It has a C ABI (``csrc/kernels.h``), so it is loaded with ctypes, which releases the GIL during a call. Torch is imported first so that both share one
 OpenMP runtime and its threads.
 
-ISA: chosen by CPUID when the library loads, best first (avx512_bf16, avx512, avx2, scalar); the environment variable ``ZEN_TURBO_ISA``
+ISA: chosen by CPUID when the library loads, best first (amx, avx512_bf16, avx512, avx2, scalar); the environment variable ``ZEN_TURBO_ISA``
 forces one and fails if the CPU lacks it.
 """
 
@@ -22,7 +22,7 @@ import torch  # noqa: F401
 
 from zen_turbo.errors import KernelError
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "scalar")
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
 _ABI_VERSION = 8
 NUM_VARIANTS = 3  # of a query: same span, previous span, older (Dual Chunk Attention)
