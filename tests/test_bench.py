@@ -272,7 +272,7 @@ def test_prefill_row_adds_up() -> None:
     assert row["floor_ratio"] == pytest.approx(4.0 / 65.6)
     assert row["gemm_attend_share"] == pytest.approx(0.75)
     assert row["prompt_tokens_per_s"] == pytest.approx(16.0)
-    assert (row["density"], row["recall"], row["attention"], row["length"]) == (0.25, 0.99, "dense", 64)
+    assert (row["density"], row["recall"], row["attention"], row["length"]) == (0.25, 0.99, "adaptive", 64)
     assert row["attend_gflops"] == pytest.approx(0.25 * 3 * 2 * 4 * 4 * (64 * 65 // 2) / 1e9)
 
 
@@ -381,5 +381,5 @@ def test_the_server_is_measured_from_outside(tiny_folder: Path, monkeypatch: pyt
 
 def test_settings_become_flags() -> None:
     assert serve.flags_of(EngineConfig()) == []
-    flags = serve.flags_of(EngineConfig(attention="adaptive", attention_temperature=False, kv_cache_bytes=5))
-    assert flags == ["--attention", "adaptive", "--kv-cache-bytes", "5", "--no-attention-temperature"]
+    flags = serve.flags_of(EngineConfig(attention="dense", attention_temperature=False, kv_cache_bytes=5))
+    assert flags == ["--attention", "dense", "--kv-cache-bytes", "5", "--no-attention-temperature"]

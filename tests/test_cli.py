@@ -69,7 +69,7 @@ def test_the_answer_is_all_of_standard_output(run: Any, tiny_folder: Path, docum
     assert first.status == 0
     assert first.out == again.out, "greedy"
     assert "document(s)" in first.err and "first token after" in first.err
-    assert re.search(r"prompt [\d,]+ tokens.*answer \d+ tokens.*attention dense on \w+.*peak memory", first.err)
+    assert re.search(r"prompt [\d,]+ tokens.*answer \d+ tokens.*attention adaptive on \w+.*peak memory", first.err)
     assert "first token" not in first.out
 
 
@@ -230,13 +230,14 @@ def test_bench_fidelity(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.pt"))) == 1
     again = run(*sparse).record["rows"][0]
     assert {name: again[name] for name in row if name != "prefill_s"} == {name: row[name] for name in row if name != "prefill_s"}
-    (quantised,) = run(*arguments, "--kv-dtype", "int8", "--keep-dense", tmp_path).record["rows"]
+    plain = (*arguments, "--attention", "dense")
+    (quantised,) = run(*plain, "--kv-dtype", "int8", "--keep-dense", tmp_path).record["rows"]
     assert (quantised["attention"], quantised["kv_dtype"], quantised["density"]) == ("dense", "int8", 1)
     assert 0 < quantised["kl"] < row["kl"] and quantised["recall_mean"] is None
     assert len(list(tmp_path.glob("*.pt"))) == 1, "the dense pass over unquantised pages is the same one"
-    fresh = run(*arguments, "--kv-dtype", "int8").record["rows"][0]
+    fresh = run(*plain, "--kv-dtype", "int8").record["rows"][0]
     assert fresh["kl"] == quantised["kl"], "kept or read again"
-    expect_mistake(run(*arguments), "invalid_configuration", "dense")
+    expect_mistake(run(*plain), "invalid_configuration", "dense")
     expect_mistake(run(*sparse[:5], "512", *sparse[6:]), "invalid_configuration", "512")
     expect_mistake(run(*sparse, "--texts", "music"), "invalid_configuration", "music")
 
@@ -262,7 +263,7 @@ def test_cache(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     facts = json.loads(run("cache", "stats", "--store", folder).out)
     assert facts["segments"] == facts["identities"] == 1 and facts["bytes"] > 0
     line = run("cache", "ls", "--store", folder).out
-    assert "dense attention" in line and "1 segments" in line
+    assert "adaptive attention" in line and "1 segments" in line
     sound = run("cache", "verify", "--store", folder)
     assert sound.status == 0 and "0 damaged" in sound.out
     (records,) = folder.glob("*/*.pages")
@@ -325,7 +326,7 @@ def test_eval_passkey(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     grown = run(*(str(argument).replace("2", "3") if argument == "2" else argument for argument in arguments)).record
     assert (grown["resumed"]["rows"], grown["total"]) == (2, 3)
     output.with_name(output.name + ".rows.jsonl").unlink()
-    assert run(*arguments, "--attention", "adaptive").record["resumed"]["rows"] == 0
+    assert run(*arguments, "--attention", "dense").record["resumed"]["rows"] == 0
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "0/1" in output.with_suffix(".html").read_text()
     assert run("eval", "heat-map", output, output, "--html", tmp_path / "both.html").status == 0

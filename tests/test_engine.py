@@ -236,7 +236,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(engine: Engine) 
 
 
 def test_a_prompt_that_memory_cannot_hold_is_refused_with_both_numbers(tiny_folder: Path) -> None:
-    engine = LLM(tiny_folder, dtype="float32", **{**SMALL, "kv_cache_bytes": 1 << 20}).engine
+    engine = LLM(tiny_folder, dtype="float32", attention="dense", **{**SMALL, "kv_cache_bytes": 1 << 20}).engine
     with pytest.raises(InsufficientMemoryError, match="GiB but only") as caught:
         engine.submit(tiny.tokens(1000), GREEDY, on_event=lambda event: None)
     assert caught.value.details["need_bytes"] == 16 * 64 * 2 * 2 * 2 * 64 * 4 > caught.value.details["have_bytes"]
@@ -299,7 +299,7 @@ def test_nothing_leaks(engine: Engine) -> None:
 
 
 def test_a_request_waits_until_memory_is_free(tiny_folder: Path) -> None:
-    engine = LLM(tiny_folder, dtype="float32", **{**SMALL, "kv_cache_bytes": 12 * 64 * 2 * 2 * 2 * 64 * 4}).engine
+    engine = LLM(tiny_folder, dtype="float32", attention="dense", **{**SMALL, "kv_cache_bytes": 12 * 64 * 2 * 2 * 2 * 64 * 4}).engine
     assert engine.pool.num_slots == 12
     outputs = run(engine, *((tiny.tokens(500, seed=seed), GREEDY) for seed in range(3)))
     alone = LLM(tiny_folder, dtype="float32", **SMALL).engine

@@ -37,8 +37,8 @@ class EngineConfig:
     """Settings of one engine. Sizes ending in ``_bytes`` are bytes, ``_tokens`` are tokens; None means "decided from model and machine"."""
 
     attention: str = _knob(
-        "dense",
-        "Attention policy of the prefill: dense; adaptive (sparse, experimental: its presets are not measured yet); or a published sparse "
+        "adaptive",
+        "Attention policy of the prefill: adaptive (sparse beyond dense_tokens, as much as the preset asks for); dense; or a published sparse "
         "method, for comparison: selection of these is in torch and slow.",
         choices=ATTENTION_POLICIES,
     )
