@@ -2,8 +2,8 @@
 
 Estimates come from page means, which flatter a selection: the mass of scattered keys hides in a mean (Jensen), by little in a focused head and
 by much in a diffuse one. So the share of *estimated* mass to keep is no promise. And what a missing share costs differs too, by far most by
-depth: early layers average over what is near, the last ones hardly look back, and what a prompt is searched for is found in the third quarter
-of the layers. ``mass`` therefore has one share for each quarter.
+depth: early layers average over what is near, the last ones hardly look back, and what a prompt is searched for is found in a few heads of the two
+quarters between. ``mass`` therefore has one share for each quarter.
 
 Shares are a floor. On sampled rows attention is computed exactly (``attention.fidelity``), which gives for each head
 
@@ -43,7 +43,8 @@ class AdaptiveSettings:
     """``mass``: share of estimated mass that a head keeps at least, for the layers of each quarter (or other equal part) of the depth.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
     a token, so that a preset that has it reads any length in linear time. ``price``: relative squared output error per page above which a head
-    keeps more, up to ``most_mass``. ``sample_rows``: rows of a query block that are scored. ``end_pages``: pages that the prompt's last rows read,
+    keeps more, up to ``most_mass``. ``sample_rows``: rows of a query block that are scored; a page that one
+    row needs is not seen by the others. ``end_pages``: pages that the prompt's last rows read,
     where the question is, in every head; up to so many pages they read everything."""
 
     mass: tuple[float, ...]
@@ -58,8 +59,8 @@ class AdaptiveSettings:
 
 PRESETS = {
     "turbo": AdaptiveSettings(mass=(0.50, 0.70, 0.93, 0.60), most_pages=(48, 48, 128, 48), price=1e-4, sample_rows=4),
-    "balanced": AdaptiveSettings(mass=(0.70, 0.90, 0.97, 0.80), price=1e-5),
-    "faithful": AdaptiveSettings(mass=(0.90, 0.97, 0.99, 0.95), price=1e-6),
+    "balanced": AdaptiveSettings(mass=(0.70, 0.95, 0.97, 0.80), price=1e-5, sample_rows=32),
+    "faithful": AdaptiveSettings(mass=(0.90, 0.99, 0.99, 0.95), price=1e-6, sample_rows=32),
 }
 
 
