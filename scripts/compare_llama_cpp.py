@@ -96,7 +96,7 @@ def llama_worker(settings: dict[str, Any]) -> None:
 def zen_turbo_worker(settings: dict[str, Any]) -> None:
     from zen_turbo import LLM, EngineConfig, SamplingParams, __version__
 
-    llm = LLM(settings["model"], config=EngineConfig(num_threads=settings["threads"]))
+    llm = LLM(settings["model"], config=EngineConfig(attention="dense", num_threads=settings["threads"]))
     one_token = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
 
     def first_token(ids: list[int]) -> int:

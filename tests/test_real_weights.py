@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def llm(default_model_path: Path) -> Iterator[LLM]:
-    result = LLM(default_model_path, kv_cache_bytes=1 << 30)
+    result = LLM(default_model_path, kv_cache_bytes=1 << 30, attention="dense")
     yield result
     result.engine.close()
 

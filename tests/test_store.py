@@ -330,8 +330,14 @@ def test_notes_come_back_as_they_were() -> None:
 
 
 def ask(folder: Path, store: Path, prompt: list[int], **knobs: Any) -> RequestOutput:
-    settings: dict[str, Any] = {"prefill_chunk_tokens": 128, "kv_cache_bytes": 32 << 20, "max_model_len": 4096}
-    llm = LLM(folder, store=str(store), **{**settings, "dense_tokens": 256, "attention": "dense", **knobs})
+    settings: dict[str, Any] = {
+        "attention": "dense",
+        "dense_tokens": 256,
+        "prefill_chunk_tokens": 128,
+        "kv_cache_bytes": 32 << 20,
+        "max_model_len": 4096,
+    }
+    llm = LLM(folder, store=str(store), **{**settings, **knobs})
     try:
         return llm.generate(prompt, GREEDY)
     finally:

@@ -43,9 +43,8 @@ class AdaptiveSettings:
     """``mass``: share of estimated mass that a head keeps at least, for the layers of each quarter (or other equal part) of the depth.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
     a token, so that a preset that has it reads any length in linear time. ``price``: relative squared output error per page above which a head
-    keeps more, up to ``most_mass``. ``sample_rows``: rows of a query block that are scored; a page that one
-    row needs is not seen by the others. ``end_pages``: pages that the prompt's last rows read,
-    where the question is, in every head; up to so many pages they read everything."""
+    keeps more, up to ``most_mass``. ``sample_rows``: rows of a query block that are scored; what only the others look for is missed.
+    ``end_pages``: pages that the prompt's last rows read, where the question is, in every head; up to so many pages they read everything."""
 
     mass: tuple[float, ...]
     price: float
@@ -53,14 +52,14 @@ class AdaptiveSettings:
     most_mass: float = 0.9995
     sink_pages: int = 1
     local_pages: int = 4
-    sample_rows: int = 8
+    sample_rows: int = 32
     end_pages: int = 2048
 
 
 PRESETS = {
     "turbo": AdaptiveSettings(mass=(0.50, 0.70, 0.93, 0.60), most_pages=(48, 48, 128, 48), price=1e-4, sample_rows=4),
-    "balanced": AdaptiveSettings(mass=(0.70, 0.95, 0.97, 0.80), price=1e-5, sample_rows=32),
-    "faithful": AdaptiveSettings(mass=(0.90, 0.99, 0.99, 0.95), price=1e-6, sample_rows=32),
+    "balanced": AdaptiveSettings(mass=(0.70, 0.95, 0.97, 0.80), price=1e-5),
+    "faithful": AdaptiveSettings(mass=(0.90, 0.99, 0.99, 0.95), price=1e-6),
 }
 
 
