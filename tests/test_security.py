@@ -33,26 +33,37 @@ BODY = {"messages": [{"role": "user", "content": "The grass is green."}], "max_t
 KEYS = ("sk-first-of-two", "sk-second-of-two")
 
 
+def new_engine(folder: Path) -> Engine:
+    """For every server its own: two servers that live at the same time would step one engine from two threads."""
+    return LLM(folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=4096).engine
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_folder: Path) -> Engine:
-    return LLM(tiny_folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=4096).engine
+    """Of the server that a test starts itself."""
+    return new_engine(tiny_folder)
 
 
 @pytest.fixture(scope="module")
-def open_server(engine: Engine) -> Iterator[httpx.Client]:
-    with server(engine, loopback=True, max_body_bytes=100_000, body_limits=(("/v1/chat/completions/input_tokens", 1000),)) as client:
+def keyed_engine(tiny_folder: Path) -> Engine:
+    return new_engine(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def open_server(tiny_folder: Path) -> Iterator[httpx.Client]:
+    with server(new_engine(tiny_folder), loopback=True, max_body_bytes=100_000, body_limits=(("/v1/chat/completions/input_tokens", 1000),)) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def keyed_server(engine: Engine) -> Iterator[httpx.Client]:
-    with server(engine, keys=KeyRing(KEYS), max_requests_per_key=1) as client:
+def keyed_server(keyed_engine: Engine) -> Iterator[httpx.Client]:
+    with server(keyed_engine, keys=KeyRing(KEYS), max_requests_per_key=1) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def roomy_server(engine: Engine) -> Iterator[httpx.Client]:
-    with server(engine) as client:
+def roomy_server(tiny_folder: Path) -> Iterator[httpx.Client]:
+    with server(new_engine(tiny_folder)) as client:
         yield client
 
 
@@ -140,13 +151,13 @@ def test_keys_come_from_everywhere_together(tmp_path: Path) -> None:
             collect_keys(given, where, environment)
 
 
-def test_a_key_has_so_many_requests_at_a_time(keyed_server: httpx.Client, engine: Engine) -> None:
+def test_a_key_has_so_many_requests_at_a_time(keyed_server: httpx.Client, keyed_engine: Engine) -> None:
     answers: list[httpx.Response] = []
 
     def ask() -> None:
         answers.append(httpx.post(f"{keyed_server.base_url}{CHAT}", json=BODY, headers=bearer(KEYS[0]), timeout=60))
 
-    with Held(engine) as held:
+    with Held(keyed_engine) as held:
         thread = threading.Thread(target=ask)
         thread.start()
         held.wait_for_work()
