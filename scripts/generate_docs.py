@@ -255,7 +255,7 @@ def results_table() -> str:
             "transformers.json",
         ),
     ]
-    caption = f"\nMeasured on {machine['cores']} cores of an {machine['cpu']}, no GPU, default model (0.5B).\n"
+    caption = f"\nTimes were measured on {machine['cores']} cores of an {machine['cpu']}, no GPU, default model (0.5B).\n"
     return table(("what", "result", "record"), [(what, result, f"`{record}`") for what, result, record in lines]) + caption
 
 
