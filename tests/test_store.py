@@ -23,6 +23,7 @@ import torch
 
 from zen_turbo import LLM
 from zen_turbo.attention.fidelity import Note, Observation
+from zen_turbo.attention.policies.adaptive import Learnt
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.errors import InsufficientMemoryError
 from zen_turbo.kv import store as store_module
@@ -314,13 +315,13 @@ def test_a_disk_that_fills_up_ends_writing_with_one_warning(
 
 def test_notes_come_back_as_they_were() -> None:
     generator = torch.Generator().manual_seed(0)
-    shares = torch.rand(2, 3, generator=generator)
+    learnt = Learnt(*(torch.rand(2, 3, generator=generator) for _ in range(3)))
     seen = tuple(Observation(8192 + at, at, torch.rand(3, generator=generator), torch.rand(3, generator=generator)) for at in range(4))
-    for note in (Note(None, ()), Note(shares, ()), Note(None, seen), Note(shares, seen)):
+    for note in (Note(None, ()), Note(learnt, ()), Note(None, seen), Note(learnt, seen)):
         found = Note.from_bytes(note.to_bytes())
-        assert (found.left_out is None) == (note.left_out is None)
-        if note.left_out is not None and found.left_out is not None:
-            assert torch.equal(found.left_out, note.left_out)
+        assert (found.learnt is None) == (note.learnt is None)
+        if note.learnt is not None and found.learnt is not None:
+            assert all(torch.equal(a, b) for a, b in zip(found.learnt, note.learnt, strict=True))
         assert len(found.observations) == len(note.observations)
         for a, b in zip(found.observations, note.observations, strict=True):
             assert a[:2] == b[:2] and torch.equal(a.error, b.error) and torch.equal(a.pages, b.pages)

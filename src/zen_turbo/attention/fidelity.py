@@ -1,14 +1,14 @@
 """What a sparse prefill kept, measured while it runs: density, and exact recall on sampled rows.
 
-One ``Fidelity`` belongs to one request. It holds what the policy learns (each layer's and head's share of mass to leave out) and what is
-reported in the end.
+One ``Fidelity`` belongs to one request. It holds what the policy learns (each layer's and head's share of mass to leave out, and what that is
+seen to cost) and what is reported in the end.
 
 Recall of a row is exp(lse_kept - lse_full): the log-sum-exp over the kept pages comes with the attention itself, the one over all pages from
 one more pass of the decode kernel for that row, which also gives the exact output and costs as much as reading all keys once. Rows to sample
 are fixed by position and layer, some in every window of ``WINDOW_TOKENS`` positions, fewer far out, where a pass costs more. What was learnt
 in a window counts from the next one on. So the result depends neither on the size of chunks, which must divide the window, nor on whether a
-prefix was computed now or found in the cache: every page carries a note of what was sampled in its rows, and one that begins a window the shares
-there, and a request that starts from cached pages goes on from their notes.
+prefix was computed now or found in the cache: every page carries a note of what was sampled in its rows, and one that begins a window of what
+was known there, and a request that starts from cached pages goes on from their notes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from zen_turbo.attention.blocks import Chunk
 from zen_turbo.attention.policies import adaptive
-from zen_turbo.attention.policies.adaptive import AdaptiveSettings
+from zen_turbo.attention.policies.adaptive import AdaptiveSettings, Learnt
 from zen_turbo.config import PAGE_TOKENS
 from zen_turbo.kernels import BlockLists
 
@@ -31,8 +31,8 @@ Select = Callable[[Chunk, int], BlockLists]  # chunk, layer
 
 
 def samples_in(window: int) -> int:
-    """Rows to sample per layer in a window: 16 below 64K tokens, 8 below 128K, 4 below 512K, then 2."""
-    for below, samples in ((8, 16), (16, 8), (64, 4)):
+    """Rows to sample per layer in a window: 32 below 16K tokens, 16 below 64K, 8 below 128K, 4 below 512K, then 2."""
+    for below, samples in ((2, 32), (8, 16), (16, 8), (64, 4)):
         if window < below:
             return samples
     return 2
@@ -54,20 +54,20 @@ class Observation(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What a page leaves to those who go on after it: the share each head leaves out, float32 [layers, heads], if a window begins with this
-    page, and what was sampled in its rows."""
+    """What a page leaves to those who go on after it: what was known of the heads, if a window begins with this page, and what was sampled in
+    its rows."""
 
-    left_out: torch.Tensor | None
+    learnt: Learnt | None
     observations: tuple[Observation, ...]
 
-
     def to_bytes(self) -> bytes:
-        """Little-endian: layers, heads, 1 if there are shares; the shares; then for each observation position, layer, errors, pages."""
-        rows = [] if self.left_out is None else [self.left_out.flatten()]
-        layers, heads = (0, 0) if self.left_out is None else self.left_out.shape
+        """Little-endian: layers, heads, 1 if something was known, observations; what was known; then for each observation position, layer, errors,
+        pages."""
+        rows = [] if self.learnt is None else [part.flatten() for part in self.learnt]
+        layers, heads = (0, 0) if self.learnt is None else self.learnt.left_out.shape
         if self.observations:
             heads = len(self.observations[0].error)
-        head = struct.pack("<IIII", layers, heads, self.left_out is not None, len(self.observations))
+        head = struct.pack("<IIII", layers, heads, self.learnt is not None, len(self.observations))
         where = b"".join(struct.pack("<qI", seen.position, seen.layer) for seen in self.observations)
         rows += [part for seen in self.observations for part in (seen.error, seen.pages)]
         values = torch.cat(rows).numpy().astype("<f4").tobytes() if rows else b""
@@ -76,12 +76,13 @@ class Note(NamedTuple):
     @classmethod
     def from_bytes(cls, content: bytes) -> Note:
         """What ``to_bytes`` gave; checked by whoever stored it."""
-        layers, heads, has_shares, count = struct.unpack_from("<IIII", content)
+        layers, heads, knows, count = struct.unpack_from("<IIII", content)
         where = [struct.unpack_from("<qI", content, 16 + 12 * number) for number in range(count)]
         values = torch.tensor(array("f", content[16 + 12 * count :]))
-        shares = values[: layers * heads].view(layers, heads) if has_shares else None
-        rows = values[layers * heads if has_shares else 0 :].view(count, 2, heads)
-        return cls(shares, tuple(Observation(*place, *row) for place, row in zip(where, rows, strict=True)))
+        known = 3 * layers * heads if knows else 0
+        learnt = Learnt(*values[:known].view(3, layers, heads)) if knows else None
+        rows = values[known:].view(count, 2, heads)
+        return cls(learnt, tuple(Observation(*place, *row) for place, row in zip(where, rows, strict=True)))
 
 
 class Fidelity:
@@ -99,12 +100,10 @@ class Fidelity:
         self._policy = policy
         self.dense_below = -(-dense_below // PAGE_TOKENS) * PAGE_TOKENS
         self.dense_from = dense_from // PAGE_TOKENS * PAGE_TOKENS
-        share = torch.zeros((num_layers, num_heads))
-        if isinstance(policy, AdaptiveSettings):
-            share = adaptive.starting_share(num_layers, num_heads, policy)
-        self._start = self._left_out = share
+        self._num_layers, self._num_heads = num_layers, num_heads
+        self._learnt = adaptive.begin(num_layers, num_heads, policy) if isinstance(policy, AdaptiveSettings) else None
         self._observed: list[Observation] = []  # in this window, ascending for each layer
-        self._window_shares: dict[int, torch.Tensor] = {}  # by first page
+        self._known_at: dict[int, Learnt] = {}  # by the first page of a window
         self._page_observations: dict[int, list[Observation]] = {}
         self._kept = 0
         self._causal = 0
@@ -116,39 +115,38 @@ class Fidelity:
         return isinstance(self._policy, AdaptiveSettings) and end > max(self.dense_from, self.dense_below, self._policy.end_pages * PAGE_TOKENS)
 
     def mass(self, layer: int) -> torch.Tensor:
-        """Share of estimated mass to keep in this chunk, float32 [heads]."""
-        return 1 - self._left_out[layer]
+        """Share of estimated mass that the adaptive policy keeps in this chunk, float32 [heads]."""
+        assert self._learnt is not None
+        return 1 - self._learnt.left_out[layer]
 
     def select(self, chunk: Chunk, layer: int) -> BlockLists:
         """The policy's lists for one layer of a chunk."""
         if isinstance(self._policy, AdaptiveSettings):
-            return adaptive.select(chunk, layer, len(self._left_out), self.mass(layer), self._policy)
+            return adaptive.select(chunk, layer, self._num_layers, self.mass(layer), self._policy)
         return self._policy(chunk, layer)
 
     def begin_chunk(self, first_position: int) -> None:
         """Heed what was learnt if a window begins here."""
         if first_position % WINDOW_TOKENS:
             return
-        if isinstance(self._policy, AdaptiveSettings):
-            error, pages, samples = (torch.zeros_like(self._start) for _ in range(3))
+        if isinstance(self._policy, AdaptiveSettings) and self._learnt is not None:
+            error, pages = (torch.zeros((self._num_layers, self._num_heads)) for _ in range(2))
             for seen in self._observed:
                 error[seen.layer] += seen.error
                 pages[seen.layer] += seen.pages
-                samples[seen.layer] += 1
-            counts = samples.clamp_min(1)
-            self._left_out = adaptive.adapt(self._left_out, error / counts, pages / counts, self._policy, self._start)
+            self._learnt = adaptive.learn(self._learnt, error, pages, self._policy)
+            self._known_at[first_position // PAGE_TOKENS] = self._learnt
         self._observed = []
-        self._window_shares[first_position // PAGE_TOKENS] = self._left_out
 
     def note(self, page: int) -> Note:
         """What a page that was computed here leaves to others."""
-        return Note(self._window_shares.get(page), tuple(self._page_observations.get(page, ())))
+        return Note(self._known_at.get(page), tuple(self._page_observations.get(page, ())))
 
     def resume(self, notes: Sequence[Note]) -> None:
         """Go on after a cached prefix of whole pages, one note each."""
-        first = next((page for page in reversed(range(len(notes))) if notes[page].left_out is not None), 0)
-        if notes and notes[first].left_out is not None:
-            self._left_out = notes[first].left_out
+        first = next((page for page in reversed(range(len(notes))) if notes[page].learnt is not None), 0)
+        if notes and notes[first].learnt is not None:
+            self._learnt = notes[first].learnt
         self._observed = [seen for note in notes[first:] for seen in note.observations]
 
     def rows_to_sample(self, first_position: int, num_rows: int, layer: int) -> list[int]:

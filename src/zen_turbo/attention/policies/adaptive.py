@@ -1,18 +1,21 @@
 """The adaptive policy: for each head and query block the pages of largest estimated mass, as many as that head turns out to need.
 
 Estimates come from page means, which flatter a selection: the mass of scattered keys hides in a mean (Jensen), by little in a focused head and
-by much in a diffuse one. So the share of *estimated* mass to keep is no promise. And what a missing share costs differs too, by far most by
-depth: early layers average over what is near, the last ones hardly look back, and what a prompt is searched for is found in a few heads of the two
-quarters between. ``mass`` therefore has one share for each quarter.
+by much in a diffuse one. So the share of *estimated* mass to keep is no promise. And what a missing share costs differs by orders of magnitude
+between heads: on a novel, a dozen of 336 make nearly all of the difference from dense attention. Which ones depends on text and position.
 
-Shares are a floor. On sampled rows attention is computed exactly (``attention.fidelity``), which gives for each head
+So each head's share follows from what its own selection was seen to cost. On sampled rows attention is computed exactly
+(``attention.fidelity``), which gives for each head
 
     error   squared norm of what the selection changes in the residual stream, relative to that stream
     pages   what the head read there
 
-and a head whose error per page is above ``price`` is made to keep more, until it is not: with equal prices one more page would help every head
-alike, which is the least total error for so many pages. Shares never fall below their floor on the evidence of samples: a head that is needed
-rarely but then much looks easy in almost all of them.
+and both are power laws of the share l of mass that is left out: error ~ l^1.7 and pages ~ l^-0.7.
+Each window of the prompt gives samples of their constants; older windows count less and less. A head then leaves out the l at which error / pages
+is ``price``: with equal prices one more page would help every head alike, which is the least total error for so many pages.
+
+Samples are few, and a head that is needed rarely but then much looks easy in almost all of them. So a share starts at ``mass``, moves by no more
+than a factor of four from one window to the next, and never falls below ``least_mass``, whatever was seen.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
@@ -32,21 +35,26 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# How pages depend on the share left out, and errors on pages, near a working point: pages ~ left_out^-_PAGES, error ~ pages^-_ERROR. Measured
-# roughly on source code at 16K to 64K; they set how far one correction goes, not where corrections end.
-_PAGES = 0.6
-_ERROR = 1.5
+# Exponents of the laws above, measured (medians of all heads, docs/LOG.md). Were what is missing in proportion to its mass, the squared error's
+# would be 2.
+_ERROR = 1.7
+_PAGES = 0.7
+_FADE = 0.85  # what a window's samples count for in the next one: the last six or seven windows decide
+_MOST_CHANGE = math.log(4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSettings:
-    """``mass``: share of estimated mass that a head keeps at least, for the layers of each quarter (or other equal part) of the depth.
+    """``mass``: share of estimated mass that a head keeps in the beginning, and ``least_mass`` at any time, for the layers of each quarter (or
+    other equal part) of the depth. ``price``: relative squared output error per page at which one more page is no longer worth it.
+    ``most_mass``: a head never keeps more, unless ``least_mass`` says so.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
-    a token, so that a preset that has it reads any length in linear time. ``price``: relative squared output error per page above which a head
-    keeps more, up to ``most_mass``. ``sample_rows``: rows of a query block that are scored; what only the others look for is missed.
-    ``end_pages``: pages that the prompt's last rows read, where the question is, in every head; up to so many pages they read everything."""
+    a token, so that a preset that has it reads any length in linear time. ``sample_rows``: rows of a query block that are scored; what only the
+    others look for is missed. ``end_pages``: pages that the prompt's last rows read, where the question is, in every head; up to so many pages
+    they read everything."""
 
     mass: tuple[float, ...]
+    least_mass: tuple[float, ...]
     price: float
     most_pages: tuple[int, ...] | None = None
     most_mass: float = 0.9995
@@ -56,17 +64,26 @@ class AdaptiveSettings:
     end_pages: int = 2048
 
 
+class Learnt(NamedTuple):
+    """What is known of each head, float32 [layers, heads] each: the share of estimated mass that it leaves out, and the sums over samples, older
+    ones faded, of error / left_out^1.7 and of pages * left_out^0.7."""
+
+    left_out: torch.Tensor
+    error: torch.Tensor
+    pages: torch.Tensor
+
+
 PRESETS = {
-    "turbo": AdaptiveSettings(mass=(0.50, 0.70, 0.93, 0.60), most_pages=(48, 48, 128, 48), price=1e-4, sample_rows=4),
-    "balanced": AdaptiveSettings(mass=(0.70, 0.95, 0.97, 0.80), price=1e-5),
-    "faithful": AdaptiveSettings(mass=(0.90, 0.99, 0.99, 0.95), price=1e-6),
+    "turbo": AdaptiveSettings(mass=(0.80,), least_mass=(0.50,), price=1e-6, most_pages=(384,), sample_rows=8),
+    "balanced": AdaptiveSettings(mass=(0.90,), least_mass=(0.60,), price=2e-7),
+    "faithful": AdaptiveSettings(mass=(0.97,), least_mass=(0.90,), price=5e-8),
 }
 
 
 def settings_of(preset: str, mass: float | None) -> AdaptiveSettings:
     """A preset; with ``mass``, the share that every head keeps, whatever its price. Raises KeyError for an unknown preset."""
     settings = PRESETS[preset]
-    return settings if mass is None else dataclasses.replace(settings, mass=(mass,), price=math.inf)
+    return settings if mass is None else dataclasses.replace(settings, mass=(mass,), least_mass=(mass,), price=math.inf)
 
 
 def select(chunk: Chunk, layer: int, num_layers: int, mass: torch.Tensor, settings: AdaptiveSettings) -> BlockLists:
@@ -87,22 +104,24 @@ def of_depth(values: tuple[_T, ...], layer: int, num_layers: int) -> _T:
     return values[layer * len(values) // num_layers]
 
 
-def starting_share(num_layers: int, num_heads: int, settings: AdaptiveSettings) -> torch.Tensor:
-    """Share of estimated mass to leave out before anything was sampled, float32 [layers, heads]."""
-    shares = [1 - of_depth(settings.mass, layer, num_layers) for layer in range(num_layers)]
+def begin(num_layers: int, num_heads: int, settings: AdaptiveSettings) -> Learnt:
+    """Before anything was sampled."""
+    left_out = _left_out(settings.mass, num_layers, num_heads)
+    return Learnt(left_out, torch.zeros_like(left_out), torch.zeros_like(left_out))
+
+
+def learn(learnt: Learnt, error: torch.Tensor, pages: torch.Tensor, settings: AdaptiveSettings) -> Learnt:
+    """After a window. error, pages: sums over its samples, 0 for a head that had none, float32 [layers, heads]. A head that never had any keeps
+    its share."""
+    left_out = learnt.left_out.clamp_min(1 - settings.most_mass)
+    all_error = _FADE * learnt.error + error / left_out**_ERROR
+    all_pages = _FADE * learnt.pages + pages * left_out**_PAGES
+    best = (settings.price * all_pages / all_error.clamp_min(1e-30)) ** (1 / (_ERROR + _PAGES))
+    near = left_out * torch.exp(torch.log(best / left_out).clamp(-_MOST_CHANGE, _MOST_CHANGE))
+    near = near.clamp_min(1 - settings.most_mass).minimum(_left_out(settings.least_mass, *left_out.shape))
+    return Learnt(torch.where(all_pages > 0, near, learnt.left_out), all_error, all_pages)
+
+
+def _left_out(kept: tuple[float, ...], num_layers: int, num_heads: int) -> torch.Tensor:
+    shares = [1 - of_depth(kept, layer, num_layers) for layer in range(num_layers)]
     return torch.tensor(shares)[:, None].expand(num_layers, num_heads).clone()
-
-
-def adapt(
-    left_out: torch.Tensor, error: torch.Tensor, pages: torch.Tensor, settings: AdaptiveSettings, start: torch.Tensor
-) -> torch.Tensor:
-    """The shares to leave out from now on. error, pages: means over samples of a head, 0 pages where there was none; start: the shares in the
-    beginning, which are the most that is left out; all float32 [layers, heads].
-
-    With error ~ pages^-e the pages that pay the price are pages * (error / pages / price)^(1 / (e + 1)). One correction goes four fifths of
-    the way and changes a share fourfold at most: samples are few, and their errors have long tails.
-    """
-    ratio = (error / (pages * settings.price)).clamp(1e-30)
-    change = -0.8 / ((_ERROR + 1) * _PAGES) * torch.log(ratio)
-    moved = left_out * torch.exp(change.clamp(-1.4, 1.4))
-    return torch.where(pages > 0, moved, left_out).clamp_min(1 - settings.most_mass).minimum(start)
