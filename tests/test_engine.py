@@ -393,6 +393,24 @@ def test_the_service_serves_threads(engine: Engine) -> None:
         service.submit([5], GREEDY)
 
 
+def test_two_threads_must_not_step_one_engine(engine: Engine) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(event: Event) -> None:
+        inside.set()
+        go_on.wait()
+
+    engine.submit(tiny.tokens(100), GREEDY, on_event=wait)
+    other = threading.Thread(target=engine.step)
+    other.start()
+    inside.wait()
+    with pytest.raises(AssertionError, match="two threads"):
+        engine.step()
+    go_on.set()
+    other.join()
+    assert engine.step(), "the first one goes on"
+
+
 def test_closing_the_service_ends_what_runs(engine: Engine) -> None:
     service = EngineService(engine)
     stream = service.submit(tiny.tokens(60), SamplingParams(temperature=0.0, max_tokens=4000, ignore_eos=True))

@@ -127,6 +127,7 @@ class Engine:
         self._known: dict[str, Running] = {}  # every request that has not ended; under the lock, as is the inbox
         self._inbox: list[Running] = []
         self._lock = threading.Lock()
+        self._stepping: int | None = None  # the thread that is in step
 
     def _new_pool(self, slots_in_memory: int) -> PagePool:
         """As many pages as memory holds; with a store as many as the longest request needs, in a file beside it if memory holds fewer."""
@@ -262,6 +263,14 @@ class Engine:
 
     def step(self) -> bool:
         """Do one unit of work; False when there is none."""
+        assert self._stepping in (None, threading.get_ident()), "two threads step one engine"
+        self._stepping = threading.get_ident()
+        try:
+            return self._step()
+        finally:
+            self._stepping = None
+
+    def _step(self) -> bool:
         with self._lock:
             arrived, self._inbox = self._inbox, []
         for request in arrived:
