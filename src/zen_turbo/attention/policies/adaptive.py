@@ -74,9 +74,9 @@ class Learnt(NamedTuple):
 
 
 PRESETS = {
-    "turbo": AdaptiveSettings(mass=(0.80,), least_mass=(0.50,), price=1e-6, most_pages=(384,), sample_rows=8),
+    "turbo": AdaptiveSettings(mass=(0.80,), least_mass=(0.50,), price=1e-6, most_pages=(512,), sample_rows=8),
     "balanced": AdaptiveSettings(mass=(0.90,), least_mass=(0.60,), price=2e-7),
-    "faithful": AdaptiveSettings(mass=(0.97,), least_mass=(0.90,), price=5e-8),
+    "faithful": AdaptiveSettings(mass=(0.97,), least_mass=(0.90,), price=1e-8),
 }
 
 
