@@ -1,5 +1,4 @@
-"""Typed, checked wrappers of the native kernels. Every wrapper checks shapes, dtypes, contiguity and bounds here, because the native side trusts
-its arguments."""
+"""Attention over pages: what its kernels take and give, and the kernels that store keys, choose pages, and attend."""
 
 from __future__ import annotations
 
@@ -9,11 +8,10 @@ import torch
 
 from zen_turbo import native
 from zen_turbo.config import PAGE_TOKENS
+from zen_turbo.kernels.checks import DTYPES, need
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-_DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 _INT8 = 2
-_PANEL_OUTPUTS = {torch.uint8: 64, torch.bfloat16: 16}  # outputs of a linear layer that lie together, by the dtype of its codes
 _TILE_PAGES = 16  # pages whose means lie together, as 16 keys of a page do
 
 
@@ -88,23 +86,18 @@ class Angles(NamedTuple):
     sin: torch.Tensor
 
 
-def _need(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
 def _page_view(kv: PageView, head_dim: int, dtype: torch.dtype) -> native.PageViewArgs:
     pages, page_table, open_page = kv.pages, kv.page_table, kv.open_page
     size = page_bytes(head_dim, dtype if open_page is None else torch.int8)
-    _need(pages.dtype == torch.uint8 and pages.dim() == 3, "pages must be uint8 [num_slots, num_key_value_heads, page_bytes]")
-    _need(pages.shape[2] == size and pages.stride(2) == 1, f"a page must be {size} contiguous bytes, not {pages.shape[2]}")
-    _need(page_table.dtype == torch.int32 and page_table.dim() == 1 and page_table.is_contiguous(), "page_table must be contiguous int32")
+    need(pages.dtype == torch.uint8 and pages.dim() == 3, "pages must be uint8 [num_slots, num_key_value_heads, page_bytes]")
+    need(pages.shape[2] == size and pages.stride(2) == 1, f"a page must be {size} contiguous bytes, not {pages.shape[2]}")
+    need(page_table.dtype == torch.int32 and page_table.dim() == 1 and page_table.is_contiguous(), "page_table must be contiguous int32")
     slot_stride, head_stride, num_pages = pages.stride(0), pages.stride(1), page_table.shape[0]
-    view = native.PageViewArgs(pages.data_ptr(), slot_stride, head_stride, page_table.data_ptr(), num_pages, None, 0, -1, _DTYPES[dtype])
+    view = native.PageViewArgs(pages.data_ptr(), slot_stride, head_stride, page_table.data_ptr(), num_pages, None, 0, -1, DTYPES[dtype])
     if open_page is not None:
         shape = (pages.shape[1], page_bytes(head_dim, dtype))
-        _need(open_page.dtype == torch.uint8 and open_page.shape == shape, f"open_page must be uint8 {list(shape)}")
-        _need(open_page.stride(1) == 1, "open_page must be contiguous within a head")
+        need(open_page.dtype == torch.uint8 and open_page.shape == shape, f"open_page must be uint8 {list(shape)}")
+        need(open_page.stride(1) == 1, "open_page must be contiguous within a head")
         view.open, view.open_head_stride, view.dtype = open_page.data_ptr(), open_page.stride(0), _INT8
         view.open_page = kv.stored_tokens // PAGE_TOKENS if kv.stored_tokens % PAGE_TOKENS else -1
     return view
@@ -113,23 +106,23 @@ def _page_view(kv: PageView, head_dim: int, dtype: torch.dtype) -> native.PageVi
 def _summaries(kv: PageView, head_dim: int) -> torch.Tensor:
     shape = (kv.pages.shape[0], kv.pages.shape[1], 3, head_dim)
     summaries = kv.summaries
-    _need(summaries is not None, "the pages have no summaries")
+    need(summaries is not None, "the pages have no summaries")
     assert summaries is not None
     same = summaries.dtype == torch.float32 and summaries.shape == shape and summaries[0].is_contiguous()
-    _need(same, f"summaries must be float32 {list(shape)}, contiguous within a slot")
+    need(same, f"summaries must be float32 {list(shape)}, contiguous within a slot")
     return summaries
 
 
 def _queries(queries: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
     first = queries[0]
-    _need(len(queries) == native.NUM_VARIANTS and first is not None, "queries must be three variants, the first present")
+    need(len(queries) == native.NUM_VARIANTS and first is not None, "queries must be three variants, the first present")
     assert first is not None
-    _need(first.dim() == 3 and first.dtype in _DTYPES, "a query must be bfloat16 or float32 [rows, heads, head_dim]")
-    _need(first.shape[2] in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}, not {first.shape[2]}")
+    need(first.dim() == 3 and first.dtype in DTYPES, "a query must be bfloat16 or float32 [rows, heads, head_dim]")
+    need(first.shape[2] in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}, not {first.shape[2]}")
     for query in queries:
         if query is not None:
             same = query.shape == first.shape and query.dtype == first.dtype and query.stride() == first.stride()
-            _need(same and query.stride(2) == 1, "query variants must agree in shape, dtype and strides, head_dim contiguous")
+            need(same and query.stride(2) == 1, "query variants must agree in shape, dtype and strides, head_dim contiguous")
     return first
 
 
@@ -150,22 +143,22 @@ def _attend_args(
     num_rows, num_heads, head_dim = first.shape
     num_blocks = -(-num_rows // PAGE_TOKENS)
     offsets, entries, heads_per_list = lists
-    _need(heads_per_list > 0 and num_heads % heads_per_list == 0, "heads_per_list must divide the query heads")
+    need(heads_per_list > 0 and num_heads % heads_per_list == 0, "heads_per_list must divide the query heads")
     num_lists = num_heads // heads_per_list
-    _need(out.shape == first.shape and out.dtype == first.dtype and out.stride(2) == 1, "out must look like the queries")
-    _need(offsets.dtype == torch.int64 and entries.dtype == torch.int32, "offsets must be int64, entries int32")
-    _need(offsets.is_contiguous() and entries.is_contiguous(), "offsets and entries must be contiguous")
-    _need(offsets.numel() == num_lists * num_blocks + 1, f"{num_lists} lists of {num_blocks} blocks need that product + 1 offsets")
-    _need(int(offsets[0]) == 0 and int(offsets[-1]) == entries.numel() > 0, "offsets must run from 0 to the number of entries")
-    _need(num_heads % kv.pages.shape[1] == 0, "num_key_value_heads must divide the query heads")
+    need(out.shape == first.shape and out.dtype == first.dtype and out.stride(2) == 1, "out must look like the queries")
+    need(offsets.dtype == torch.int64 and entries.dtype == torch.int32, "offsets must be int64, entries int32")
+    need(offsets.is_contiguous() and entries.is_contiguous(), "offsets and entries must be contiguous")
+    need(offsets.numel() == num_lists * num_blocks + 1, f"{num_lists} lists of {num_blocks} blocks need that product + 1 offsets")
+    need(int(offsets[0]) == 0 and int(offsets[-1]) == entries.numel() > 0, "offsets must run from 0 to the number of entries")
+    need(num_heads % kv.pages.shape[1] == 0, "num_key_value_heads must divide the query heads")
     # Entries ascend within a block, so the last one of each block bounds them; blocks of all lists end at offsets[1:].
     last = int(entries[(offsets[1:] - 1).clamp_min(0)].max()) >> 2
-    _need(last < kv.page_table.shape[0], f"a list names page {last} of {kv.page_table.shape[0]}")
-    _need(first_position + num_rows <= kv.page_table.shape[0] * PAGE_TOKENS, "the rows lie beyond the page table")
-    _need(kv.open_page is None or first_position + num_rows <= kv.stored_tokens, "with int8 pages stored_tokens must cover the rows")
+    need(last < kv.page_table.shape[0], f"a list names page {last} of {kv.page_table.shape[0]}")
+    need(first_position + num_rows <= kv.page_table.shape[0] * PAGE_TOKENS, "the rows lie beyond the page table")
+    need(kv.open_page is None or first_position + num_rows <= kv.stored_tokens, "with int8 pages stored_tokens must cover the rows")
     for tensor, shape in ((logit_factor, (num_rows,)), (lse, (num_heads, num_rows))):
         if tensor is not None:
-            _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
+            need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
     return native.AttendArgs(
         native.pointers(query.data_ptr() if query is not None else None for query in queries),
         first.stride(0),
@@ -185,7 +178,7 @@ def _attend_args(
         num_heads,
         kv.pages.shape[1],
         head_dim,
-        _DTYPES[first.dtype],
+        DTYPES[first.dtype],
         scale,
         num_threads or torch.get_num_threads(),
     )
@@ -280,23 +273,23 @@ def store(
     rows, width = qkv.shape
     kv_heads = kv.pages.shape[1]
     head_dim = width // (num_heads + 2 * kv_heads)
-    _need(qkv.dtype in _DTYPES and qkv.stride(1) == 1, "qkv must be bfloat16 or float32 with contiguous rows")
-    _need(width == head_dim * (num_heads + 2 * kv_heads) and head_dim in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}")
-    _need(rows > 0 and first_position >= 0, "rows and first_position must not be negative")
-    _need(first_position + rows <= kv.page_table.shape[0] * PAGE_TOKENS, "the rows lie beyond the page table")
+    need(qkv.dtype in DTYPES and qkv.stride(1) == 1, "qkv must be bfloat16 or float32 with contiguous rows")
+    need(width == head_dim * (num_heads + 2 * kv_heads) and head_dim in HEAD_DIMS, f"head_dim must be one of {HEAD_DIMS}")
+    need(rows > 0 and first_position >= 0, "rows and first_position must not be negative")
+    need(first_position + rows <= kv.page_table.shape[0] * PAGE_TOKENS, "the rows lie beyond the page table")
     strides = {(query.stride(0), query.stride(1)) for query in queries if query is not None}
-    _need(len(strides) == 1, "query variants must agree in strides")
+    need(len(strides) == 1, "query variants must agree in strides")
     for query in queries:
         if query is not None:
             same = query.shape == (rows, num_heads, head_dim) and query.dtype == qkv.dtype and query.stride(2) == 1
-            _need(same, f"a query variant must be {qkv.dtype} [{rows}, {num_heads}, {head_dim}]")
+            need(same, f"a query variant must be {qkv.dtype} [{rows}, {num_heads}, {head_dim}]")
     for angle in angles:
         for table in angle or ():
             same = table.dtype == torch.float32 and table.is_contiguous() and table.shape[1] == head_dim // 2
-            _need(same and table.shape[0] in (1, rows), f"angles must be contiguous float32 [{rows} or 1, {head_dim // 2}]")
+            need(same and table.shape[0] in (1, rows), f"angles must be contiguous float32 [{rows} or 1, {head_dim // 2}]")
     for weight in (q_norm, k_norm):
         if weight is not None:
-            _need(weight.dtype == torch.float32 and weight.shape == (head_dim,), f"norm weights must be float32 [{head_dim}]")
+            need(weight.dtype == torch.float32 and weight.shape == (head_dim,), f"norm weights must be float32 [{head_dim}]")
     row_stride, head_stride = strides.pop()
     summaries = _summaries(kv, head_dim) if kv.summaries is not None else None
     for packed in (kv.packed_means, kv.packed_bounds):
@@ -322,7 +315,7 @@ def store(
         num_heads,
         kv_heads,
         head_dim,
-        _DTYPES[qkv.dtype],
+        DTYPES[qkv.dtype],
         num_threads or torch.get_num_threads(),
     )
     native.call("zt_store", args)
@@ -360,24 +353,24 @@ def select_pages(
     num_rows, num_heads, head_dim = first.shape
     summaries = _summaries(kv, head_dim)
     num_lists = kv.pages.shape[1] if per_kv_head else num_heads
-    _need(first_position % PAGE_TOKENS == 0 or num_rows == 1, f"first_position must be a multiple of {PAGE_TOKENS}")
-    _need(mass.dtype == torch.float32 and mass.shape == (num_lists,) and mass.is_contiguous(), f"mass must be float32 [{num_lists}]")
+    need(first_position % PAGE_TOKENS == 0 or num_rows == 1, f"first_position must be a multiple of {PAGE_TOKENS}")
+    need(mass.dtype == torch.float32 and mass.shape == (num_lists,) and mass.is_contiguous(), f"mass must be float32 [{num_lists}]")
     num_blocks = -(-num_rows // PAGE_TOKENS)
     num_pages = first_position // PAGE_TOKENS + num_blocks
-    _need(num_pages <= kv.page_table.shape[0], "the rows lie beyond the page table")
-    _need(kv.page_table.dtype == torch.int32 and kv.page_table.is_contiguous(), "page_table must be contiguous int32")
+    need(num_pages <= kv.page_table.shape[0], "the rows lie beyond the page table")
+    need(kv.page_table.dtype == torch.int32 and kv.page_table.is_contiguous(), "page_table must be contiguous int32")
     if span_pages is not None:
         needed = min((num_pages - 1) // span_pages, 2)
-        _need(all(query is not None for query in queries[: needed + 1]), f"these rows need {needed + 1} query variants")
+        need(all(query is not None for query in queries[: needed + 1]), f"these rows need {needed + 1} query variants")
     for tensor, shape in ((logit_factor, (num_rows,)), (energies, (*((2,) if bound_pages else ()), num_lists, num_blocks, num_pages))):
         if tensor is not None:
-            _need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
+            need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
     kept = (kv.packed_means, kv.packed_bounds if bound_pages else None)
     for packed, width in zip(kept, (head_dim, 2 * head_dim), strict=True):
         if packed is not None:
             same = packed.tiles.dtype == first.dtype and packed.tiles.shape[2] == _TILE_PAGES * width and packed.tiles.is_contiguous()
-            _need(same and len(packed.tiles) == kv.pages.shape[1], "packed tiles must be of the same heads, head_dim and dtype")
-            _need(packed.tiles.shape[1] >= tiles_for(num_pages), "packed tiles have too little room")
+            need(same and len(packed.tiles) == kv.pages.shape[1], "packed tiles must be of the same heads, head_dim and dtype")
+            need(packed.tiles.shape[1] >= tiles_for(num_pages), "packed tiles have too little room")
     bits = torch.empty((num_lists, num_blocks, -(-num_pages // 64)), dtype=torch.int64)
     counts = torch.empty((num_lists, num_blocks), dtype=torch.int32)
     args = native.SelectArgs(
@@ -406,7 +399,7 @@ def select_pages(
         num_heads,
         kv.pages.shape[1],
         head_dim,
-        _DTYPES[first.dtype],
+        DTYPES[first.dtype],
         scale,
         per_kv_head,
         num_threads or torch.get_num_threads(),
@@ -422,8 +415,8 @@ def list_pages(chosen: PageBits, *, first_block: int, span_pages: int | None, he
     """Bits to the lists that ``attend`` takes; ``first_block`` is the page of the first query block."""
     bits, counts = chosen
     num_lists, num_blocks, words = bits.shape
-    _need(bits.dtype == torch.int64 and bits.is_contiguous(), "bits must be contiguous int64")
-    _need(counts.dtype == torch.int32 and counts.shape == (num_lists, num_blocks), "counts must be int32 [num_lists, num_blocks]")
+    need(bits.dtype == torch.int64 and bits.is_contiguous(), "bits must be contiguous int64")
+    need(counts.dtype == torch.int32 and counts.shape == (num_lists, num_blocks), "counts must be int32 [num_lists, num_blocks]")
     offsets = torch.zeros(num_lists * num_blocks + 1, dtype=torch.int64)
     torch.cumsum(counts.view(-1), 0, out=offsets[1:])
     entries = torch.empty(int(offsets[-1]), dtype=torch.int32)
@@ -432,123 +425,3 @@ def list_pages(chosen: PageBits, *, first_block: int, span_pages: int | None, he
     )
     native.call("zt_list_pages", args)
     return BlockLists(offsets, entries, heads_per_list)
-
-
-def add_rms_norm(
-    residual: torch.Tensor,
-    delta: torch.Tensor | None,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    eps: float,
-    num_threads: int | None = None,
-) -> None:
-    """residual += delta (in place, if given), then out = residual / sqrt(mean(residual^2) + eps) * weight.
-
-    residual: f32 [rows, width]; delta, out: bf16 or f32 [rows, width]; weight: f32 [width]; all contiguous. RMSNorm: arXiv 1910.07467.
-    """
-    rows, width = residual.shape
-    _need(residual.dtype == torch.float32 and residual.is_contiguous(), "residual must be contiguous float32")
-    _need(weight.dtype == torch.float32 and weight.shape == (width,), f"weight must be float32 [{width}]")
-    for tensor in (delta, out):
-        if tensor is not None:
-            same = tensor.shape == residual.shape and tensor.dtype == out.dtype and tensor.is_contiguous()
-            _need(same and tensor.dtype in _DTYPES, f"delta and out must be contiguous [{rows}, {width}] of one dtype")
-    args = native.NormArgs(
-        residual.data_ptr(),
-        delta.data_ptr() if delta is not None else None,
-        weight.data_ptr(),
-        out.data_ptr(),
-        rows,
-        width,
-        eps,
-        _DTYPES[out.dtype],
-        num_threads or torch.get_num_threads(),
-    )
-    native.call("zt_norm", args)
-
-
-def silu_mul(gate_up: torch.Tensor, out: torch.Tensor, *, num_threads: int | None = None) -> None:
-    """out = silu(gate) * up. gate_up: bf16 or f32 [rows, 2 * width], gate first; out: [rows, width]; contiguous (SwiGLU, arXiv 2002.05202)."""
-    rows, width = out.shape
-    _need(gate_up.shape == (rows, 2 * width) and gate_up.dtype == out.dtype and out.dtype in _DTYPES, "gate_up must be [rows, 2 * width]")
-    _need(gate_up.is_contiguous() and out.is_contiguous(), "gate_up and out must be contiguous")
-    native.call(
-        "zt_silu",
-        native.SiluArgs(gate_up.data_ptr(), out.data_ptr(), rows, width, _DTYPES[out.dtype], num_threads or torch.get_num_threads()),
-    )
-
-
-class PackedWeights(NamedTuple):
-    """A weight [outputs, inputs] as the kernels of ``csrc/linear.inl`` read it.
-
-    codes: uint8 [panels, padded_inputs / 4, 64, 4], or bfloat16 [panels, inputs, 16]; scales: float32 [panels * 64], one per output, or None
-    with bfloat16; groups: equal parts of the inputs with a scale of their own in every row of activations (1 with bfloat16).
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor | None
-    inputs: int
-    outputs: int
-    groups: int
-
-    @property
-    def padded_outputs(self) -> int:
-        return self.codes.shape[0] * _PANEL_OUTPUTS[self.codes.dtype]
-
-
-def _panels_of(weight: torch.Tensor, dtype: torch.dtype, padded_inputs: int) -> torch.Tensor:
-    """Room for a weight in whole panels: zeros of ``dtype``, [panels * panel outputs, padded_inputs]."""
-    panel = _PANEL_OUTPUTS[dtype]
-    return torch.zeros((-(-len(weight) // panel) * panel, padded_inputs), dtype=dtype)
-
-
-def pack_int8(weight: torch.Tensor, *, most_group_inputs: int = 1024) -> PackedWeights:
-    """Quantise a weight, bf16 or f32 [outputs, inputs]: one scale per output, codes to nearest. Groups are as few as give at most
-    ``most_group_inputs`` inputs each."""
-    outputs, inputs = weight.shape
-    fewest = -(-inputs // most_group_inputs)
-    groups = next((count for count in range(fewest, 2 * fewest + 1) if inputs % (4 * count) == 0), fewest)  # equal parts without padding, if any
-    codes = _panels_of(weight, torch.uint8, -(-inputs // (4 * groups)) * 4 * groups)
-    codes.fill_(128)
-    largest = weight.float().abs().amax(dim=1)
-    scales = torch.zeros(len(codes))
-    scales[:outputs] = largest / 127
-    inverse = torch.where(largest > 0, 127 / largest, torch.zeros(()))
-    codes[:outputs, :inputs] = ((weight.float() * inverse[:, None]).round() + 128).to(torch.uint8)
-    tiles = codes.view(-1, _PANEL_OUTPUTS[torch.uint8], codes.shape[1] // 4, 4).transpose(1, 2).contiguous()
-    return PackedWeights(tiles, scales, inputs, outputs, groups)
-
-
-def pack_bf16(weight: torch.Tensor) -> PackedWeights:
-    """A bf16 weight [outputs, inputs] in panels, as it is."""
-    outputs, inputs = weight.shape
-    _need(weight.dtype == torch.bfloat16, f"the weight must be bfloat16, not {weight.dtype}")
-    panels = _panels_of(weight, torch.bfloat16, inputs)
-    panels[:outputs] = weight
-    return PackedWeights(panels.view(-1, _PANEL_OUTPUTS[torch.bfloat16], inputs).transpose(1, 2).contiguous(), None, inputs, outputs, 1)
-
-
-def linear(x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: torch.Tensor | None = None, num_threads: int | None = None) -> None:
-    """out = x W^T + bias. x: bf16 or f32 [rows, inputs]; with 8-bit weights it is quantised here, per row and group, otherwise products and sums
-    are in float32. out: [rows, outputs] of the same dtype; both contiguous. bias: float32 [padded_outputs]. A row's result depends on that row
-    alone, to the bit."""
-    rows = x.shape[0]
-    _need(x.shape == (rows, weights.inputs) and x.dtype in _DTYPES and x.is_contiguous(), f"x must be contiguous [rows, {weights.inputs}]")
-    _need(out.shape == (rows, weights.outputs) and out.dtype == x.dtype and out.is_contiguous(), f"out must be {x.dtype} [{rows}, {weights.outputs}]")
-    padded = weights.padded_outputs
-    _need(bias is None or (bias.dtype == torch.float32 and bias.shape == (padded,)), f"bias must be float32 [{padded}]: whole panels")
-    args = native.LinearArgs(
-        x.data_ptr(),
-        weights.codes.data_ptr(),
-        weights.scales.data_ptr() if weights.scales is not None else None,
-        bias.data_ptr() if bias is not None else None,
-        out.data_ptr(),
-        rows,
-        weights.inputs,
-        weights.outputs,
-        weights.groups,
-        _DTYPES[x.dtype],
-        num_threads or torch.get_num_threads(),
-    )
-    native.call("zt_linear", args)
