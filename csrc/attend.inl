@@ -194,7 +194,7 @@ static void strip(const Tile<Dot>& t, Scratch<Dot>& w, int row, const char* cons
   for (int r = 0; r < rows; r++)
     softmax_row<Dot>(w.s + r * KEYS, w.p + r * KEYS, num_pages * ZT_PAGE, w.factor[row + r], w.top + row + r, w.sum + (row + r) * 16,
                      w.o + int64_t(row + r) * head_dim, head_dim);
-  const char* v_pages[BATCH];
+  const char* v_pages[BATCH] = {};
   for (int i = 0; i < num_pages; i++) v_pages[i] = k_pages[i] + int64_t(ZT_PAGE) * head_dim * Dot::STORED_BYTES;
   product<Dot, true>(rows, w.p, KEYS, ZT_PAGE / Dot::PAIR, v_pages, num_pages, Dot::STEP_BYTES, int64_t(head_dim) * Dot::STEP_BYTES / 16,
                         head_dim / 16, w.o + int64_t(row) * head_dim, head_dim);
