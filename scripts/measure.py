@@ -22,7 +22,6 @@ from zen_turbo.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-ALL_POLICIES = ",".join(["dense", *(f"adaptive:{preset}" for preset in PRESETS)])
 
 
 class Measurement(NamedTuple):
@@ -51,9 +50,12 @@ def measurements() -> dict[str, Measurement]:
     add("passkey_faithful", 25, "eval", "passkey", "--lengths", short, *grid, *preset_of("faithful"))
     for length, label, questions, minutes in ((32768, "32k", 200, 60), (131072, "128k", 100, 150)):
         options = ["--lengths", str(length), "--questions", str(questions)]
-        add(f"retrieval_{label}", minutes, "eval", "retrieval", "--attention", ALL_POLICIES, *options)
-        int8 = ["--attention", "dense,adaptive:balanced", "--kv-dtype", "int8"]
-        add(f"retrieval_int8_{label}", minutes // 2, "eval", "retrieval", *int8, *options)
+        # One record for each policy: the questions are the same, so their scores can be compared pair by pair.
+        for name, policy, share in (("dense", "dense", 3), *((preset, f"adaptive:{preset}", 2) for preset in PRESETS)):
+            add(f"retrieval_{label}_{name}", minutes * share // 4, "eval", "retrieval", "--attention", policy, *options)
+            if name not in ("dense", "balanced"):
+                continue
+            add(f"retrieval_int8_{label}_{name}", minutes * share // 4, "eval", "retrieval", "--attention", policy, "--kv-dtype", "int8", *options)
         for text in NAMES:
             keep = ["--lengths", str(length), "--texts", text, "--keep-dense", "logs/dense"]
             for preset in PRESETS:
@@ -61,8 +63,8 @@ def measurements() -> dict[str, Measurement]:
                 add(f"fidelity_{label}_{text}_{preset}", cost, "bench", "fidelity", *preset_of(preset), *keep)
             for what, flags in (("int8", ["--kv-dtype", "int8"]), ("linear_int8", ["--linear-dtype", "int8"])):
                 add(f"fidelity_{label}_{text}_{what}", 4 if label == "32k" else 38, "bench", "fidelity", "--attention", "dense", *flags, *keep)
-            both = [*preset_of("turbo"), "--linear-dtype", "int8"]
-            add(f"fidelity_{label}_{text}_turbo_linear_int8", 2 if label == "32k" else 9, "bench", "fidelity", *both, *keep)
+            full = [*preset_of("turbo"), "--linear-dtype", "full"]
+            add(f"fidelity_{label}_{text}_turbo_linear_full", 2 if label == "32k" else 9, "bench", "fidelity", *full, *keep)
     rivals = {f"uniform_{mass}": ["--attention", "adaptive", "--fidelity", f"0.{mass}"] for mass in (80, 90, 95, 98)}
     rivals |= {name: ["--attention", name] for name in ("minference", "flexprefill", "xattention", "tri_shape")}
     for label, length, minutes in (("32k", 32768, 2), ("128k", 131072, 12)):
@@ -73,13 +75,16 @@ def measurements() -> dict[str, Measurement]:
     for preset, minutes in (("turbo", 9), ("balanced", 11), ("faithful", 16)):
         add(f"marginal_128k_{preset}", minutes, "bench", "marginal", *preset_of(preset), "--positions", "8192,32768,65536,131072")
         add(f"prefill_{preset}", 3, "bench", "prefill", *preset_of(preset), "--lengths", "4096,8192,16384,32768")
-    add("prefill_turbo_linear_int8", 3, "bench", "prefill", *preset_of("turbo"), "--linear-dtype", "int8", "--lengths", "4096,8192,16384,32768")
+    full = ["--linear-dtype", "full"]
+    add("prefill_turbo_linear_full", 3, "bench", "prefill", *preset_of("turbo"), *full, "--lengths", "4096,8192,16384,32768")
     ends = "32768,131072,524288,999424"
     add("marginal_1m_turbo", 80, "bench", "marginal", *preset_of("turbo"), "--positions", ends, "--kv-dtype", "int8")
-    add("decode_linear_int8", 8, "bench", "decode", "--contexts", "4096,32768,131072", "--preset", "turbo", "--linear-dtype", "int8")
-    add("decode", 15, "bench", "decode", "--contexts", "4096,32768,131072", "--preset", "turbo")
+    add("decode_linear_full", 15, "bench", "decode", "--contexts", "4096,32768,131072", "--preset", "turbo", *full)
+    add("decode", 10, "bench", "decode", "--contexts", "4096,32768,131072", "--preset", "turbo")
     add("serve", 45, "bench", "serve", *preset_of("turbo"))
-    add("reuse_128k", 20, "bench", "reuse", "--lengths", "131072", *preset_of("turbo"), "--store", "logs/store")
+    store = [*preset_of("turbo"), "--store"]
+    add("reuse_128k", 10, "bench", "reuse", "--lengths", "4096,131072", *store, "logs/store_128k")
+    add("reuse_1m", 65, "bench", "reuse", "--lengths", "4096,131072,1000000", "--kv-dtype", "int8", *store, "logs/store_1m")
     return found
 
 

@@ -32,6 +32,7 @@ SMALL: dict[str, Any] = {
     "max_model_len": 16384,
     "dense_tokens": 256,
     "preset": "turbo",
+    "linear_dtype": "full",
 }
 LENGTH = 1500
 
@@ -221,7 +222,7 @@ def test_shares_follow_what_they_cost_from_the_next_window_on() -> None:
 def test_a_correction_is_no_larger_than_fourfold() -> None:
     settings = dataclasses.replace(SETTINGS, mass=(0.99,))
     learnt = adaptive.begin(1, 2, settings)
-    moved = adaptive.learn(learnt, torch.tensor([[1.0, 1e-12]]), torch.tensor([[5.0, 5.0]]), dataclasses.replace(settings, most_mass=0.99999))
+    moved = adaptive.learn(learnt, torch.tensor([[1.0, 1e-12]]), torch.tensor([[5.0, 5.0]]), 8192, dataclasses.replace(settings, most_mass=0.99999))
     assert moved.left_out[0].tolist() == pytest.approx([0.01 / 4, 0.01 * 4])
 
 
@@ -229,7 +230,7 @@ def test_a_head_without_samples_keeps_its_share() -> None:
     """Whatever bounds the shares of others: nothing is known of it."""
     learnt = adaptive.begin(2, 3, dataclasses.replace(SETTINGS, mass=(0.9, 1.0)))
     for _ in range(200):
-        learnt = adaptive.learn(learnt, torch.zeros(2, 3), torch.zeros(2, 3), SETTINGS)
+        learnt = adaptive.learn(learnt, torch.zeros(2, 3), torch.zeros(2, 3), 8192, SETTINGS)
     assert learnt.left_out.tolist() == [pytest.approx([0.1] * 3), [0.0] * 3]
 
 
@@ -241,8 +242,17 @@ def test_heads_come_to_rest_at_the_price(error_exponent: float, pages_exponent: 
     learnt = adaptive.begin(1, 3, settings)
     for _ in range(300):
         error, pages = scale * learnt.left_out**error_exponent, 8 * learnt.left_out**-pages_exponent
-        learnt = adaptive.learn(learnt, error, pages, settings)
+        learnt = adaptive.learn(learnt, error, pages, 8192, settings)
     assert (error / pages)[0].tolist() == pytest.approx([1e-3] * 3, rel=1e-3)
+
+
+def test_pages_are_worth_more_where_there_are_few_pairs() -> None:
+    settings = dataclasses.replace(SETTINGS, price=1e-3, near_price=1e-5)
+    prices = [adaptive.price_at(position, settings) for position in (0, 32768, 49152, 65536, 1000000)]
+    assert prices == pytest.approx([1e-5, 1e-5, 1e-4, 1e-3, 1e-3])
+    assert adaptive.price_at(8192, SETTINGS) == SETTINGS.price, "with one price it holds everywhere"
+    near, far = (adaptive.learn(adaptive.begin(1, 1, settings), torch.ones(1, 1), torch.full((1, 1), 4e2), at, settings) for at in (32768, 131072))
+    assert 0 < float(near.left_out) < float(far.left_out)
 
 
 def test_few_samples_among_many_do_not_turn_a_share_around() -> None:
@@ -251,10 +261,10 @@ def test_few_samples_among_many_do_not_turn_a_share_around() -> None:
     learnt, error, pages = adaptive.begin(1, 1, settings), torch.tensor([[0.03]]), torch.tensor([[5.0]])
     for _ in range(50):
         rate = (learnt.left_out / 0.1) ** 1.7
-        learnt = adaptive.learn(learnt, error * rate, pages * (learnt.left_out / 0.1) ** -0.7, settings)
+        learnt = adaptive.learn(learnt, error * rate, pages * (learnt.left_out / 0.1) ** -0.7, 8192, settings)
     before = float(learnt.left_out)
     rate = (learnt.left_out / 0.1) ** 1.7
-    after = float(adaptive.learn(learnt, error * rate / 10, pages * (learnt.left_out / 0.1) ** -0.7, settings).left_out)
+    after = float(adaptive.learn(learnt, error * rate / 10, pages * (learnt.left_out / 0.1) ** -0.7, 8192, settings).left_out)
     assert before < after < before * 1.1
 
 
@@ -337,7 +347,8 @@ def test_presets_pay_less_for_more() -> None:
     assert adaptive.settings_of("turbo", None) is adaptive.PRESETS["turbo"]
     fixed = adaptive.settings_of("turbo", 0.9)
     begun = adaptive.begin(1, 1, fixed)
-    assert torch.equal(adaptive.learn(begun, torch.ones(1, 1), torch.ones(1, 1), fixed).left_out, begun.left_out), "a share that was asked for stays"
+    after = adaptive.learn(begun, torch.ones(1, 1), torch.ones(1, 1), 8192, fixed)
+    assert torch.equal(after.left_out, begun.left_out), "a share that was asked for stays"
     whole = adaptive.settings_of("turbo", 1.0)
     begun = adaptive.begin(1, 1, whole)
-    assert float(adaptive.learn(begun, torch.zeros(1, 1), torch.ones(1, 1), whole).left_out) == 0, "and so does all of it"
+    assert float(adaptive.learn(begun, torch.zeros(1, 1), torch.ones(1, 1), 8192, whole).left_out) == 0, "and so does all of it"

@@ -298,8 +298,13 @@ def test_bench_reuse(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     assert (cold["case"], cold["cached_tokens"], cold["share"]) == ("cold", 0, 1)
     assert warm["case"] == "warm" and warm["cached_tokens"] >= 768 and warm["identical"]
     expect_record(record)
-    restart = run(*arguments, "--lengths", "1000", "--store", tmp_path).record["rows"][2]
-    assert restart["case"] == "restart" and restart["cached_tokens"] >= 768 and restart["identical"]
+    stored = (*arguments, "--lengths", "500,1000", "--store", tmp_path)
+    rows = run(*stored).record["rows"]
+    assert [(row["length"], row["case"]) for row in rows] == [(length, case) for length in (500, 1000) for case in ("cold", "warm", "restart")]
+    assert rows[3]["cached_tokens"] == 0, "a longer document begins with none of the shorter one's pages"
+    assert rows[5]["cached_tokens"] >= 768 and rows[5]["identical"]
+    assert rows[0]["tpot_ratio"] == 1 and rows[5]["tpot_ms"] > 0
+    expect_mistake(run(*stored), "invalid_configuration", "empty folder")
     expect_mistake(run(*arguments, "--lengths", "50"), "invalid_configuration", "96")
 
 

@@ -9,13 +9,14 @@ import tiny
 import torch
 
 from zen_turbo import LLM, kernels
-from zen_turbo.config import EngineConfig
+from zen_turbo.config import PRESETS, EngineConfig
 from zen_turbo.engine.request import SamplingParams
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.models import linear
 from zen_turbo.models.decoder import Decoder
-from zen_turbo.models.linear import KernelLinear, Linear, fitting_linear, int8_linear, packing_available
+from zen_turbo.models.linear import KernelLinear, Linear, fitting_linear, int8_linear, linear_arithmetic, packing_available
 from zen_turbo.models.loader import load_checkpoint
+from zen_turbo.native import selected_isa, use_isa
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -100,9 +101,19 @@ def test_they_come_near_the_layer_that_they_replace() -> None:
     assert error < 0.02
 
 
+def test_turbo_multiplies_8_bit_integers_where_that_is_faster() -> None:
+    chosen = {preset: linear_arithmetic(EngineConfig(preset=preset)) for preset in PRESETS}
+    assert chosen == {"turbo": "int8" if selected_isa() in ("amx", "avx512_bf16", "avx2") else "full", "balanced": "full", "faithful": "full"}
+    with use_isa("scalar"):
+        assert linear_arithmetic(EngineConfig(preset="turbo")) == "full"
+    for other in ({"attention": "dense"}, {"dtype": "float32"}, {"linear_dtype": "full"}):
+        assert linear_arithmetic(EngineConfig.from_dict({"preset": "turbo", **other})) == "full"
+    assert linear_arithmetic(EngineConfig(attention="dense", linear_dtype="int8")) == "int8"
+
+
 def test_a_model_on_8_bit_integers_says_almost_the_same(tiny_folder: Path) -> None:
     prompt = tiny.tokens(300)
-    fine, coarse = (tiny.logits(tiny_folder, prompt, rows=50, linear_dtype=kind) for kind in ("auto", "int8"))
+    fine, coarse = (tiny.logits(tiny_folder, prompt, rows=50, linear_dtype=kind) for kind in ("full", "int8"))
     assert not torch.equal(fine, coarse)
     assert float((fine - coarse).norm() / fine.norm()) < 0.05
     knobs = {"prefill_chunk_tokens": 128, "kv_cache_bytes": 16 << 20, "max_model_len": 2048, "linear_dtype": "int8"}

@@ -15,7 +15,7 @@ from zen_turbo.errors import ConfigurationError
 ATTENTION_POLICIES = ("dense", "adaptive", "minference", "flexprefill", "xattention", "tri_shape")
 DECODE_POLICIES = ("auto", "dense", "sparse", "snapkv")
 KV_DTYPES = ("auto", "int8")
-LINEAR_DTYPES = ("auto", "int8")
+LINEAR_DTYPES = ("auto", "full", "int8")
 PRESETS = ("turbo", "balanced", "faithful")
 DTYPES = ("bfloat16", "float32")
 CONTEXT_EXTENSIONS = ("dca", "none")
@@ -68,7 +68,8 @@ class EngineConfig:
     kv_dtype: str = _knob("auto", "Type of the KV pages: auto (as dtype) or int8, half the memory of bfloat16.", choices=KV_DTYPES)
     linear_dtype: str = _knob(
         "auto",
-        "Arithmetic of the layers' linear layers: auto (as dtype) or int8 (weights and activations; faster with AVX-512 VNNI or AVX2, slow without).",
+        "Arithmetic of the layers' linear layers: full (as dtype), int8 (weights and activations; faster with AVX-512 VNNI or AVX2, slow without), "
+        "or auto: int8 for the preset turbo where it is faster, else full.",
         choices=LINEAR_DTYPES,
     )
     kv_cache_bytes: int | None = _knob(None, "Most memory the KV pages may take, in bytes. Default: 85 % of the memory free after loading.")

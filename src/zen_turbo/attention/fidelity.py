@@ -134,7 +134,7 @@ class Fidelity:
             for seen in self._observed:
                 error[seen.layer] += seen.error
                 pages[seen.layer] += seen.pages
-            self._learnt = adaptive.learn(self._learnt, error, pages, self._policy)
+            self._learnt = adaptive.learn(self._learnt, error, pages, first_position, self._policy)
             self._known_at[first_position // PAGE_TOKENS] = self._learnt
         self._observed = []
 

@@ -35,6 +35,7 @@ from zen_turbo.engine.engine import Engine
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.llm import LLM
+from zen_turbo.models.linear import linear_arithmetic
 
 NUM_ROWS = 512
 # Settings that decide the dense pass.
@@ -101,7 +102,7 @@ def dense_logits(engine: Engine, model: str, tokens: Sequence[int], keep: Path |
     path = None if keep is None else keep / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.pt"
     if path is not None and path.exists():
         return torch.load(path, weights_only=True)
-    plain = {"attention": "dense", "kv_dtype": "auto", "linear_dtype": "auto", "decode_attention": "dense", "store": None}
+    plain = {"attention": "dense", "kv_dtype": "auto", "linear_dtype": "full", "decode_attention": "dense", "store": None}
     reference = LLM(model, config=EngineConfig.from_dict({**settings, **plain})).engine
     try:
         logits = last_logits(reference, tokens)
@@ -125,7 +126,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure every length and text, print the report, return the record. Raises ConfigurationError for dense attention with nothing
     quantised (there is nothing to compare) and for lengths without enough rows, what fetching texts raises, and the engine's own errors."""
-    if (config.attention, config.kv_dtype, config.linear_dtype) == ("dense", "auto", "auto"):
+    if (config.attention, config.kv_dtype, linear_arithmetic(config)) == ("dense", "auto", "full"):
         raise ConfigurationError(
             "bench fidelity compares with dense attention and nothing quantised; say what with --attention, --kv-dtype or --linear-dtype.",
             param="attention",
@@ -154,7 +155,7 @@ def run(
                 "attention": engine.config.attention,
                 "preset": preset_of(engine),
                 "kv_dtype": engine.config.kv_dtype,
-                "linear_dtype": engine.config.linear_dtype,
+                "linear_dtype": linear_arithmetic(engine.config),
                 "density": state.density if state else 1.0,
                 "recall_mean": state.recall if state else None,
                 "recall_p5": state.recall_p5 if state else None,

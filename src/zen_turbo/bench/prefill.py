@@ -32,6 +32,7 @@ from zen_turbo.engine.memory import peak_rss_bytes
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.llm import LLM
+from zen_turbo.models.linear import linear_arithmetic
 from zen_turbo.progress import prefill_bar
 
 COLUMNS = (
@@ -75,6 +76,7 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
         "architecture": engine.model_config.architecture,
         "max_model_len": engine.max_model_len,
         "engine": engine.config.to_dict(),
+        "linear_arithmetic": linear_arithmetic(engine.config),
         "policy": dataclasses.asdict(settings_of(engine.config.preset, engine.config.fidelity)) if engine.config.attention == "adaptive" else None,
     }
 

@@ -16,6 +16,7 @@ from zen_turbo.kv.pool import PagePool
 from zen_turbo.kv.prefix import Chain, PrefixIndex
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.kv.store import PageStore, StoredPage
+from zen_turbo.models.linear import linear_arithmetic
 from zen_turbo.native import selected_isa
 
 PAGE_FORMAT = 3  # of what a page holds; to be raised when kernels or policies write other numbers than before
@@ -30,6 +31,7 @@ _ROW_BY_ROW = ("dense", "adaptive")  # policies whose pages do not depend on the
 def cache_identity(config: EngineConfig, *, model_fingerprint: str, dual_chunk: object) -> bytes:
     """A hash of everything but tokens that keys and values depend on."""
     knobs = {name: value for name, value in config.to_dict().items() if name not in _KNOBS_WITHOUT_EFFECT_ON_PAGES}
+    knobs["linear_dtype"] = linear_arithmetic(config)
     if config.attention not in _ROW_BY_ROW:
         knobs["prefill_chunk_tokens"] = config.prefill_chunk_tokens
     facts = [PAGE_FORMAT, model_fingerprint, knobs, repr(dual_chunk), config.needs_summaries, selected_isa()]

@@ -32,7 +32,7 @@ from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.errors import UnsupportedModelError
 from zen_turbo.kernels import PageView
 from zen_turbo.models.config import ModelConfig
-from zen_turbo.models.linear import LINEARS, TILE_ROWS, Linear, fitting_linear
+from zen_turbo.models.linear import LINEARS, TILE_ROWS, Linear, fitting_linear, linear_arithmetic
 from zen_turbo.models.loader import Checkpoint
 
 # Rows of logits that are looked at together: 40 MB with a vocabulary of 150,000.
@@ -119,8 +119,9 @@ class Decoder:
         self.timers = Timers()
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", self.dtype)  # [V, H]
         self._layers = []
+        linear = LINEARS[linear_arithmetic(engine_config)]
         for index in range(config.num_hidden_layers):
-            self._layers.append(_load_layer(checkpoint, index, self.dtype, LINEARS[engine_config.linear_dtype]))
+            self._layers.append(_load_layer(checkpoint, index, self.dtype, linear))
             if on_layer:
                 on_layer(index + 1, config.num_hidden_layers)
         self._norm = checkpoint.tensor("model.norm.weight", torch.float32)

@@ -12,7 +12,8 @@ So each head's share follows from what its own selection was seen to cost. On sa
 
 and both are power laws of the share l of mass that is left out: error ~ l^1.7 and pages ~ l^-0.7.
 Each window of the prompt gives samples of their constants; older windows count less and less. A head then leaves out the l at which error / pages
-is ``price``: with equal prices one more page would help every head alike, which is the least total error for so many pages.
+is ``price``: with equal prices one more page would help every head alike, which is the least total error for so many pages. Up to 32K tokens
+a third of attention takes less time than the linear layers, so a page is priced at ``near_price``; from 64K tokens on it has the full price.
 
 Samples are few, and a head that is needed rarely but then much looks easy in almost all of them. So a share starts at ``mass``, moves by no more
 than a factor of four from one window to the next, and never falls below ``least_mass``, whatever was seen.
@@ -41,12 +42,14 @@ _ERROR = 1.7
 _PAGES = 0.7
 _FADE = 0.85  # what a window's samples count for in the next one: the last six or seven windows decide
 _MOST_CHANGE = math.log(4)
+_NEAR, _FAR = 32768, 65536  # positions up to which the near price holds, and from which the full one does
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSettings:
     """``mass``: share of estimated mass that a head keeps in the beginning, and ``least_mass`` at any time, for the layers of each quarter (or
-    other equal part) of the depth. ``price``: relative squared output error per page at which one more page is no longer worth it.
+    other equal part) of the depth. ``price``: relative squared output error per page at which one more page is no longer worth it, in windows
+    that begin at 64K or later; ``near_price``: in those that begin before 32K (geometrically in between; None: one price everywhere).
     ``most_mass``: a head never keeps more, unless ``least_mass`` says so.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
     a token, so that a preset that has it reads any length in linear time. ``sample_rows``: rows of a query block that are scored; what only the
@@ -56,6 +59,7 @@ class AdaptiveSettings:
     mass: tuple[float, ...]
     least_mass: tuple[float, ...]
     price: float
+    near_price: float | None = None
     most_pages: tuple[int, ...] | None = None
     most_mass: float = 0.9995
     sink_pages: int = 1
@@ -75,15 +79,15 @@ class Learnt(NamedTuple):
 
 PRESETS = {
     "turbo": AdaptiveSettings(mass=(0.80,), least_mass=(0.50,), price=1e-6, most_pages=(512,), sample_rows=8),
-    "balanced": AdaptiveSettings(mass=(0.90,), least_mass=(0.60,), price=2e-7),
-    "faithful": AdaptiveSettings(mass=(0.97,), least_mass=(0.90,), price=1e-8),
+    "balanced": AdaptiveSettings(mass=(0.95,), least_mass=(0.60,), price=2e-7, near_price=1e-8),
+    "faithful": AdaptiveSettings(mass=(0.98,), least_mass=(0.90,), price=1e-8, near_price=5e-10),
 }
 
 
 def settings_of(preset: str, mass: float | None) -> AdaptiveSettings:
     """A preset; with ``mass``, the share that every head keeps, whatever its price. Raises KeyError for an unknown preset."""
     settings = PRESETS[preset]
-    return settings if mass is None else dataclasses.replace(settings, mass=(mass,), least_mass=(mass,), price=math.inf)
+    return settings if mass is None else dataclasses.replace(settings, mass=(mass,), least_mass=(mass,), price=math.inf, near_price=None)
 
 
 def select(chunk: Chunk, layer: int, num_layers: int, mass: torch.Tensor, settings: AdaptiveSettings) -> BlockLists:
@@ -110,13 +114,20 @@ def begin(num_layers: int, num_heads: int, settings: AdaptiveSettings) -> Learnt
     return Learnt(left_out, torch.zeros_like(left_out), torch.zeros_like(left_out))
 
 
-def learn(learnt: Learnt, error: torch.Tensor, pages: torch.Tensor, settings: AdaptiveSettings) -> Learnt:
-    """After a window. error, pages: sums over its samples, 0 for a head that had none, float32 [layers, heads]. A head that never had any keeps
-    its share."""
+def price_at(position: int, settings: AdaptiveSettings) -> float:
+    if settings.near_price is None or position >= _FAR:
+        return settings.price
+    way = max(0.0, (position - _NEAR) / (_FAR - _NEAR))
+    return settings.near_price * (settings.price / settings.near_price) ** way
+
+
+def learn(learnt: Learnt, error: torch.Tensor, pages: torch.Tensor, position: int, settings: AdaptiveSettings) -> Learnt:
+    """After a window, for the one that begins at ``position``. error, pages: sums over the old one's samples, 0 for a head that had none,
+    float32 [layers, heads]. A head that never had any keeps its share."""
     left_out = learnt.left_out.clamp_min(1 - settings.most_mass)
     all_error = _FADE * learnt.error + error / left_out**_ERROR
     all_pages = _FADE * learnt.pages + pages * left_out**_PAGES
-    best = (settings.price * all_pages / all_error.clamp_min(1e-30)) ** (1 / (_ERROR + _PAGES))
+    best = (price_at(position, settings) * all_pages / all_error.clamp_min(1e-30)) ** (1 / (_ERROR + _PAGES))
     near = left_out * torch.exp(torch.log(best / left_out).clamp(-_MOST_CHANGE, _MOST_CHANGE))
     near = near.clamp_min(1 - settings.most_mass).minimum(_left_out(settings.least_mass, *left_out.shape))
     return Learnt(torch.where(all_pages > 0, near, learnt.left_out), all_error, all_pages)
