@@ -36,9 +36,29 @@ struct Bf16Dot : InRegisters {
   static inline vec exp2(vec x) { return exp2_fast(x); }
 };
 
+// Integer vocabulary of linear_int8.inl. VPMADDUBSW adds two products in 16 bits, which hold them only where both factors are at most 127 in
+// size: so |x|, unsigned, times w with x's sign.
+constexpr int QUAD_ROWS = 5, QUAD_COLS = 4, QUAD_OFFSET = 0;  // 20 accumulators, 4 weights, 1 broadcast, ones, and room to work
+
+typedef __m512i quads;  // four bytes for each lane
+struct inputs4 {
+  __m512i size;
+  __mmask64 negative;
+};
+static inline quads load_quads(const uint8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(int8_t(0x80))); }
+static inline inputs4 broadcast_quad(const int8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  const __m512i x = _mm512_set1_epi32(four);
+  return {_mm512_abs_epi8(x), _mm512_movepi8_mask(x)};
+}
+static inline ivec dot4(ivec acc, quads w, inputs4 x) {
+  const __m512i pairs = _mm512_maddubs_epi16(x.size, _mm512_mask_sub_epi8(w, x.negative, _mm512_setzero_si512(), w));
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+
 }  // namespace
 
-#include "int8_generic.h"
 #include "quantise.inl"
 #include "attend.inl"
 #include "elementwise.inl"

@@ -25,6 +25,16 @@ static inline float reduce_max(vec a) { return _mm512_reduce_max_ps(a); }
 static inline float reduce_add(vec a) { return _mm512_reduce_add_ps(a); }
 static inline bool any_greater(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
+// Of linear_int8.inl, what does not depend on how four products are added.
+typedef __m512i ivec;
+static inline ivec izero() { return _mm512_setzero_si512(); }
+static inline ivec iset1(int32_t x) { return _mm512_set1_epi32(x); }
+static inline ivec isub(ivec a, ivec b) { return _mm512_sub_epi32(a, b); }
+static inline vec to_float(ivec v) { return _mm512_cvtepi32_ps(v); }
+static inline void store_i8(int8_t* p, vec v) {  // nearest, ties to even; |v| is at most 127
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
 // 2^x. VREDUCEPS leaves the fraction above floor(x), VSCALEFPS multiplies by 2^floor(x) and underflows cleanly, so no clamp is needed.
 // Polynomials are near-minimax on [0, 1): relative error 1.1e-4 (far below bf16's 3.9e-3 step) and 2e-7.
 static inline vec exp2_fast(vec x) {

@@ -19,10 +19,6 @@ struct Bf16Elements {
 // Integer vocabulary of linear_int8.inl: VPDPBUSD adds four products of unsigned and signed bytes per lane.
 constexpr int QUAD_ROWS = 6, QUAD_COLS = 4, QUAD_OFFSET = 128;  // 24 accumulators, 4 weights, 1 broadcast
 
-typedef __m512i ivec;
-static inline ivec izero() { return _mm512_setzero_si512(); }
-static inline ivec iset1(int32_t x) { return _mm512_set1_epi32(x); }
-static inline ivec isub(ivec a, ivec b) { return _mm512_sub_epi32(a, b); }
 typedef __m512i quads, inputs4;  // four bytes for each lane
 static inline quads load_quads(const uint8_t* p) { return _mm512_loadu_si512(p); }
 static inline inputs4 broadcast_quad(const int8_t* p) {
@@ -35,7 +31,5 @@ static inline ivec dot4(ivec acc, quads w, inputs4 x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   return acc;
 }
-static inline vec to_float(ivec v) { return _mm512_cvtepi32_ps(v); }
-static inline void store_i8(int8_t* p, vec v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))); }
 
 }  // namespace

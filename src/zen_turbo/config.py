@@ -68,7 +68,7 @@ class EngineConfig:
     kv_dtype: str = _knob("auto", "Type of the KV pages: auto (as dtype) or int8, half the memory of bfloat16.", choices=KV_DTYPES)
     linear_dtype: str = _knob(
         "auto",
-        "Arithmetic of the layers' linear layers: full (as dtype), int8 (weights and activations; faster with AVX-512 VNNI or AVX2, slow without), "
+        "Arithmetic of the layers' linear layers: full (as dtype), int8 (weights and activations; faster with AVX2 or AVX-512, slow without), "
         "or auto: int8 for the preset turbo where it is faster, else full.",
         choices=LINEAR_DTYPES,
     )

@@ -94,12 +94,11 @@ def fitting_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Li
 int8_linear = functools.partial(KernelLinear, pack=kernels.pack_int8)
 
 LINEARS: dict[str, Callable[..., Linear]] = {"full": fitting_linear, "int8": int8_linear}
-_INT8_ISAS = ("amx", "avx512_bf16", "avx2")  # those with an instruction for it; the others' generic loops are slower than bf16
 
 
 def linear_arithmetic(config: EngineConfig) -> str:
-    """A key of LINEARS: ``linear_dtype``, with auto resolved for this CPU."""
+    """A key of LINEARS: ``linear_dtype``, with auto resolved for this CPU (the scalar kernels are slower with integers)."""
     if config.linear_dtype != "auto":
         return config.linear_dtype
     for_speed = config.attention == "adaptive" and config.preset == "turbo" and config.dtype == "bfloat16"
-    return "int8" if for_speed and selected_isa() in _INT8_ISAS else "full"
+    return "int8" if for_speed and selected_isa() != "scalar" else "full"
