@@ -341,6 +341,9 @@ def test_presets_pay_less_for_more() -> None:
     presets = list(adaptive.PRESETS.values())
     prices = [settings.price for settings in presets]
     assert prices == sorted(prices, reverse=True)
+    near = [settings.near_price for settings in presets if settings.near_price is not None]
+    assert len(near) == len(presets) and near == sorted(near, reverse=True)
+    assert all(settings.near_price is not None and settings.near_price < settings.price for settings in presets)
     for lower, higher in itertools.pairwise(presets):
         assert all(a < b for a, b in zip(lower.mass, higher.mass, strict=True))
         assert all(a < b for a, b in zip(lower.least_mass, higher.least_mass, strict=True))
