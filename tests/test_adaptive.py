@@ -66,7 +66,8 @@ def small_windows(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
     """Many windows within a short prompt, and a preset that leaves out what even a random model has little of; the prompt's end reads all of its
     24 pages, or six."""
     monkeypatch.setattr(fidelity, "WINDOW_TOKENS", 512)
-    settings = {"price": 1e-3, "mass": (0.6, 0.7), "least_mass": (0.5, 0.55), "most_pages": None, "local_pages": 1, "end_pages": request.param}
+    small = {"mass": (0.6, 0.7), "least_mass": (0.5, 0.55), "most_pages": None, "local_pages": 1, "end_pages": request.param}
+    settings = {"price": 1e-3, "near_price": None, **small}
     monkeypatch.setitem(adaptive.PRESETS, "turbo", dataclasses.replace(adaptive.PRESETS["turbo"], **settings))
 
 
