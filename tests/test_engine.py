@@ -130,6 +130,26 @@ def test_requests_at_once_answer_as_alone(engine: Engine) -> None:
     assert [output.token_ids for output in together] == alone
 
 
+def test_many_prompts_answer_as_alone(tiny_folder: Path) -> None:
+    shared = tiny.tokens(300)
+    prompts = [[*shared, *tiny.tokens(40, seed=seed)] for seed in (1, 2, 3)]
+    lengths = [SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True) for tokens in (3, 12, 7)]
+    llm = LLM(tiny_folder, **SMALL)
+    alone = [LLM(tiny_folder, **SMALL).generate(prompt, sampling).token_ids for prompt, sampling in zip(prompts, lengths, strict=True)]
+    seen: list[int] = []
+    together = llm.generate_many(prompts, lengths, on_event=lambda number, event: seen.append(number))
+    assert [output.token_ids for output in together] == alone
+    assert [output.cached_tokens for output in together] == [0, 256, 256], "what they begin with alike is read once"
+    assert set(seen) == {0, 1, 2}
+    assert [output.token_ids for output in llm.generate_many(prompts, lengths[0])] == [answer[:3] for answer in alone]
+    with pytest.raises(ValueError, match=r"2 prompts .* not 3"):
+        llm.generate_many(prompts[:2], lengths)
+    with pytest.raises(ContextLengthExceededError):
+        llm.generate_many([prompts[0], tiny.tokens(5000)], GREEDY)
+    assert not llm.engine.step(), "the others are aborted"
+    assert llm.generate_many([]) == []
+
+
 def test_events_tell_the_story(engine: Engine) -> None:
     events: list[Event] = []
     engine.submit(tiny.tokens(300), GREEDY, on_event=events.append)

@@ -49,26 +49,47 @@ class LLM:
     ) -> RequestOutput:
         """Continue a text or token ids. ``on_event`` sees every event as it happens. Raises the error that a request failed with; an
         interrupt from the keyboard aborts the request and is raised again."""
-        if isinstance(prompt, str):
-            prompt = self.engine.tokenizer.encode(prompt, add_special_tokens=True)
-        last: list[Event] = []
+        (output,) = self.generate_many([prompt], sampling, on_event=None if on_event is None else lambda _, event: on_event(event))
+        return output
 
-        def receive(event: Event) -> None:
-            last[:] = [event]
-            if on_event is not None:
-                on_event(event)
+    def generate_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_event: Callable[[int, Event], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue several prompts side by side, each as it would be continued alone: answers are decoded in one batch, and what prompts begin
+        with alike is read once. sampling: for all, or one for each. ``on_event`` sees a prompt's number and event. Raises ValueError for
+        another number of samplings, and the error of the first request that fails; the others are aborted then."""
+        each = [sampling] * len(prompts) if sampling is None or isinstance(sampling, SamplingParams) else list(sampling)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many samplings, not {len(each)}.")
+        ends: dict[int, Finished | Failed] = {}
+        request_ids: list[str] = []
 
-        request_id = self.engine.submit(prompt, sampling, on_event=receive)
+        def receiver(number: int) -> Callable[[Event], None]:
+            def receive(event: Event) -> None:
+                if isinstance(event, Finished | Failed):
+                    ends[number] = event
+                if on_event is not None:
+                    on_event(number, event)
+
+            return receive
+
         try:
-            while not (last and isinstance(last[0], Finished | Failed)):
+            for number, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
+                tokens = self.engine.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+                request_ids.append(self.engine.submit(tokens, params, on_event=receiver(number)))
+            while len(ends) < len(prompts):
                 self.engine.step()
+                for end in ends.values():
+                    if isinstance(end, Failed):
+                        raise end.error
         except BaseException:
-            self.engine.abort(request_id)
+            for request_id in request_ids:
+                self.engine.abort(request_id)
             while self.engine.step():
                 pass
             raise
-        event = last[0]
-        if isinstance(event, Failed):
-            raise event.error
-        assert isinstance(event, Finished)
-        return event.output
+        return [end.output for _, end in sorted(ends.items()) if isinstance(end, Finished)]

@@ -4,7 +4,8 @@ Passkeys prove little about a sparse policy: one loud sentence in noise is what 
 near-copies, and the questions are paired: the same prompts go to every policy, so a difference of scores is a difference of policies, and its
 standard error is that of the paired differences.
 
-A context comes first and is read once for each policy; a question costs its own tokens and the prompt's end. Answers are greedy.
+A context comes first and is read once for each policy; a question costs its own tokens and the prompt's end. Answers are greedy, and decoded
+together, which changes none of them.
 Every finished answer is kept in a journal per policy beside ``--output``, so an interrupted run continues.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from zen_turbo.progress import prefill_bar
 
 MAX_NEW_TOKENS = {"multikey": 16, "multivalue": 64, "kv": 48}
 MOST_FACTS = 17  # of each task in a context: with more, a small model finds too little for a comparison
+TOGETHER = 16  # questions about a context that is known
 COLUMNS = ("task", "length", "attention", "preset", "n", "score", "versus_dense", "standard_error", "density", "recall", "read_s")
 
 
@@ -81,29 +83,33 @@ def share(total: int, parts: int, number: int) -> int:
     return total // parts + (number < total % parts)
 
 
-def ask(llm: LLM, length: int, asked: Asked, number: int) -> Row:
-    """One answer as a row of the journal."""
-    question = asked.question
-    task, max_tokens = question.task, MAX_NEW_TOKENS[question.task]
-    said = messages(asked.text, question.text, question.begin)
-    prompt = llm.engine.chat_template.encode(said, add_generation_prompt=False, continue_final_message=True)
-    assert len(prompt) + max_tokens <= length, f"{len(prompt)} tokens were made for a prompt of {length}"
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    with prefill_bar(f"{task} {length}") as on_event:
-        output = llm.generate(prompt, sampling, on_event=on_event)
-    return {
-        **Item(length, number)._asdict(),
-        "context": asked.context,
-        "task": task,
-        "prompt_tokens": output.prompt_tokens,
-        "cached_tokens": output.cached_tokens,
-        "expected": list(question.answers),
-        "answer": output.text,
-        "score": score(output.text, question),
-        "ttft_s": output.metrics.ttft_s,
-        "density": output.metrics.density,
-        "recall": output.metrics.recall,
-    }
+def ask(llm: LLM, length: int, asked: Mapping[int, Asked]) -> list[Row]:
+    """Answers as rows of the journal; asked: by the number of the question."""
+    prompts, samplings = [], []
+    for one in asked.values():
+        said = messages(one.text, one.question.text, one.question.begin)
+        prompts.append(llm.engine.chat_template.encode(said, add_generation_prompt=False, continue_final_message=True))
+        max_tokens = MAX_NEW_TOKENS[one.question.task]
+        samplings.append(SamplingParams(temperature=0.0, max_tokens=max_tokens))
+        assert len(prompts[-1]) + max_tokens <= length, f"{len(prompts[-1])} tokens were made for a prompt of {length}"
+    with prefill_bar(f"{length} tokens") as on_event:
+        outputs = llm.generate_many(prompts, samplings, on_event=lambda number, event: None if number else on_event(event))
+    return [
+        {
+            **Item(length, number)._asdict(),
+            "context": one.context,
+            "task": one.question.task,
+            "prompt_tokens": output.prompt_tokens,
+            "cached_tokens": output.cached_tokens,
+            "expected": list(one.question.answers),
+            "answer": output.text,
+            "score": score(output.text, one.question),
+            "ttft_s": output.metrics.ttft_s,
+            "density": output.metrics.density,
+            "recall": output.metrics.recall,
+        }
+        for (number, one), output in zip(asked.items(), outputs, strict=True)
+    ]
 
 
 def summarise(answers: Sequence[Row], dense: Sequence[Row] | None) -> Row:
@@ -177,14 +183,14 @@ def run(
 
 
 def _answers(experiment: Experiment, llm: LLM, policy: str, length: int, asked: Sequence[Asked], journal: Journal) -> list[Row]:
-    rows = []
     began = time.perf_counter()
-    for number, item in enumerate(asked):
-        row = journal.get(Item(length, number))
-        if row is None:
-            row = ask(llm, length, item, number)
-            journal.add(row)
-        rows.append(row)
+    for _, of_context in itertools.groupby(enumerate(asked), key=lambda numbered: numbered[1].context):
+        missing = [(number, one) for number, one in of_context if journal.get(Item(length, number)) is None]
+        # The first one alone: it reads the context, and its time is what that took.
+        for part in (missing[:1], *(missing[at : at + TOGETHER] for at in range(1, len(missing), TOGETHER))):
+            for row in ask(llm, length, dict(part)):
+                journal.add(row)
+    rows = [row for number in range(len(asked)) if (row := journal.get(Item(length, number))) is not None]
     mean = 100 * statistics.fmean(row["score"] for row in rows)
     experiment.log(f"{policy}: {length} tokens, {len(rows)} questions: {mean:.1f} points, {time.perf_counter() - began:.0f} s")
     return rows
