@@ -2,8 +2,9 @@
 
     .venv/bin/python scripts/draw_results.py
 
-Left: time to first token by prompt length, ours and llama.cpp on the same machine, with the linear floor (what the linear layers alone
-need). Right: the passkey heat map.
+Left: time to first token by prompt length, dense and with every preset that has records, and llama.cpp on the same machine, with the linear
+floor (what the bf16 linear layers alone need). Beyond the longest prefill: reading times of ``bench marginal``, where dense ones are added up
+from measured chunks. Right: the passkey heat map.
 """
 
 from __future__ import annotations
@@ -20,26 +21,47 @@ from zen_turbo.evals import heatmap
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 OURS, PEER, FLOOR = "#0b6e4f", "#b5483a", "#8a8f98"
+SHADES = {"faithful": "#3f9a7a", "balanced": "#6fbf9f", "turbo": "#c98a1b"}
+Points = list[tuple[int, float]]
 
 
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "zen-turbo"  # the same records give the same file
-    prefill, peers = (heatmap.read_json(RESULTS / name) for name in ("prefill_dense.json", "llama_cpp.json"))
+    peers = heatmap.read_json(RESULTS / "llama_cpp.json")["rows"]
     passkey = [heatmap.read_record(path) for path in sorted(RESULTS.glob("passkey_dense*.json"))]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    draw_times(left, prefill["rows"], peers["rows"])
+    draw_times(left, peers)
     rows = [row for record in passkey for row in record["rows"]]
     found = sum(row["correct"] for row in rows)
     heatmap.draw(right, heatmap.grid_of(rows), title=f"Passkey found: {found} of {len(rows)}")
     figure.savefig(ROOT / "docs" / "images" / "results.svg", metadata={"Date": None})
 
 
-def draw_times(axes: Axes, ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> None:
-    lengths = [row["length"] for row in ours]
-    axes.plot(lengths, [row["ttft_s"] for row in ours], color=OURS, marker="o", label="zen-turbo, dense")
+def points(preset: str | None) -> Points:
+    """(tokens, seconds) of dense attention or a preset, ascending."""
+    name = preset or "dense"
+    found = {row["length"]: row["ttft_s"] for row in heatmap.read_json(RESULTS / f"prefill_{name}.json")["rows"]}
+    longest = max(found)
+    # Dense times beside a preset whose other layers are those of dense attention.
+    path = RESULTS / f"marginal_128k_{preset or 'balanced'}.json"
+    for row in heatmap.read_json(path)["rows"] if path.exists() else ():
+        if row["length"] > longest:
+            found[row["length"]] = row["read_s"] if preset else row["dense_read_s"]
+    return sorted(found.items())
+
+
+def draw_times(axes: Axes, peers: list[dict[str, Any]]) -> None:
+    dense = points(None)
+    axes.plot(*zip(*dense, strict=True), color=OURS, marker="o", label="zen-turbo, dense")
+    for preset, color in SHADES.items():
+        times = points(preset)
+        axes.plot(*zip(*times, strict=True), color=color, marker="o", markersize=4, label=f"zen-turbo, {preset}")
     axes.plot([row["length"] for row in peers], [row["ttft_s"] for row in peers], color=PEER, marker="s", label="llama.cpp, best setting")
-    axes.plot(lengths, [row["linear_floor_s"] for row in ours], color=FLOOR, linestyle="--", label="linear layers alone")
+    floor = [(row["length"], row["linear_floor_s"]) for row in heatmap.read_json(RESULTS / "prefill_dense.json")["rows"]]
+    per_token = floor[-1][1] / floor[-1][0]
+    lengths = [length for length, _ in dense]
+    axes.plot(lengths, [per_token * length for length in lengths], color=FLOOR, linestyle="--", label="bf16 linear layers alone")
     for row in peers:
         axes.annotate(f"{row['ratio']:.1f}x", (row["length"], row["ttft_s"]), textcoords="offset points", xytext=(-6, 6), ha="right", color=PEER)
     axes.set_xscale("log", base=2)
