@@ -72,7 +72,7 @@ def draw_times(axes: Axes, peers: list[dict[str, Any]]) -> None:
     axes.set_title("Time to first token, Qwen2.5-Coder 0.5B, 2 cores", loc="left", fontsize=10)
     axes.grid(which="major", color="#e4e6ea")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="upper left", fontsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
