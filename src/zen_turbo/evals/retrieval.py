@@ -186,6 +186,8 @@ def _answers(experiment: Experiment, llm: LLM, policy: str, length: int, asked: 
     began = time.perf_counter()
     for _, of_context in itertools.groupby(enumerate(asked), key=lambda numbered: numbered[1].context):
         missing = [(number, one) for number, one in of_context if journal.get(Item(length, number)) is None]
+        if not missing:
+            continue
         # The first one alone: it reads the context, and its time is what that took.
         for part in (missing[:1], *(missing[at : at + TOGETHER] for at in range(1, len(missing), TOGETHER))):
             for row in ask(llm, length, dict(part)):
