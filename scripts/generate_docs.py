@@ -207,7 +207,7 @@ def presets_table(length: int = 32768) -> str:
         return next(row["ttft_s"] for row in rows(f"prefill_{name}.json") if row["length"] == length)
 
     dense = seconds("dense")
-    lines = [("`--attention dense`", f"{dense:.0f} s", "1", "100 %", "100 %", "0", "")]
+    lines = [("`--attention dense`", f"{dense:.0f} s", "1", "100 %", "100 %", "0", "`prefill_dense.json`")]
     for preset in PRESETS:
         kept = [row for text in ("code", "qa", "novel") for row in rows(f"fidelity_{length // 1024}k_{text}_{preset}.json")]
         took = seconds(preset)
