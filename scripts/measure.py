@@ -75,6 +75,7 @@ def measurements() -> dict[str, Measurement]:
     for preset, minutes in (("turbo", 9), ("balanced", 11), ("faithful", 16)):
         add(f"marginal_128k_{preset}", minutes, "bench", "marginal", *preset_of(preset), "--positions", "8192,32768,65536,131072")
         add(f"prefill_{preset}", 3, "bench", "prefill", *preset_of(preset), "--lengths", "4096,8192,16384,32768")
+    add("prefill_dense", 5, "bench", "prefill", "--attention", "dense", "--lengths", "4096,8192,16384,32768")
     full = ["--linear-dtype", "full"]
     add("prefill_turbo_linear_full", 3, "bench", "prefill", *preset_of("turbo"), *full, "--lengths", "4096,8192,16384,32768")
     ends = "32768,131072,524288,999424"
