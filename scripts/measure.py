@@ -85,6 +85,8 @@ def measurements() -> dict[str, Measurement]:
     add("serve", 45, "bench", "serve", *preset_of("turbo"))
     store = [*preset_of("turbo"), "--store"]
     add("reuse_128k", 10, "bench", "reuse", "--lengths", "4096,131072", *store, "logs/store_128k")
+    default = [*preset_of("balanced"), "--store"]
+    add("reuse_128k_balanced", 13, "bench", "reuse", "--lengths", "4096,131072", *default, "logs/store_128k_balanced")
     add("reuse_1m", 65, "bench", "reuse", "--lengths", "4096,131072,1000000", "--kv-dtype", "int8", *store, "logs/store_1m")
     return found
 
