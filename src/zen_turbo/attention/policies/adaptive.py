@@ -53,8 +53,7 @@ class AdaptiveSettings:
     ``most_mass``: a head never keeps more, unless ``least_mass`` says so.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
     a token, so that a preset that has it reads any length in linear time. ``sample_rows``: rows of a query block that are scored; what only the
-    others look for is missed. ``end_pages``: pages that the prompt's last rows read, where the question is, in every head; up to so many pages
-    they read everything."""
+    others look for is missed. ``end_pages``: the most pages that the prompt's last rows read, where the question is, in every head (``end_of``)."""
 
     mass: tuple[float, ...]
     least_mass: tuple[float, ...]
@@ -80,7 +79,7 @@ class Learnt(NamedTuple):
 PRESETS = {
     "turbo": AdaptiveSettings(mass=(0.80,), least_mass=(0.50,), price=1e-6, near_price=2e-7, most_pages=(512,), sample_rows=8),
     "balanced": AdaptiveSettings(mass=(0.95,), least_mass=(0.60,), price=2e-7, near_price=1e-8),
-    "faithful": AdaptiveSettings(mass=(0.98,), least_mass=(0.90,), price=1e-8, near_price=5e-10),
+    "faithful": AdaptiveSettings(mass=(0.98,), least_mass=(0.90,), price=1e-8, near_price=5e-10, end_pages=4096),
 }
 
 
@@ -90,8 +89,16 @@ def settings_of(preset: str, mass: float | None) -> AdaptiveSettings:
     return settings if mass is None else dataclasses.replace(settings, mass=(mass,), least_mass=(mass,), price=math.inf, near_price=None)
 
 
-def select(chunk: Chunk, layer: int, num_layers: int, mass: torch.Tensor, settings: AdaptiveSettings) -> BlockLists:
-    """Lists for every head of a layer; mass: float32 [heads]."""
+def end_of(num_pages: int, settings: AdaptiveSettings) -> int:
+    """Pages that each head of the end of a prompt of ``num_pages`` pages reads: half of them, but no fewer than half of ``end_pages`` and no
+    more than ``end_pages``. A prompt that has no more is read whole by its end."""
+    return min(max(num_pages // 2, settings.end_pages // 2), settings.end_pages)
+
+
+def select(
+    chunk: Chunk, layer: int, num_layers: int, mass: torch.Tensor, settings: AdaptiveSettings, *, end_pages: int
+) -> BlockLists:
+    """Lists for every head of a layer; mass: float32 [heads]; end_pages: what ``end_of`` gives for the whole prompt."""
     return blocks.select_by_mass(
         chunk,
         mass,
@@ -99,7 +106,7 @@ def select(chunk: Chunk, layer: int, num_layers: int, mass: torch.Tensor, settin
         local_pages=settings.local_pages,
         most_pages=None if settings.most_pages is None else of_depth(settings.most_pages, layer, num_layers),
         sample_rows=settings.sample_rows,
-        end_pages=settings.end_pages,
+        end_pages=end_pages,
     )
 
 
