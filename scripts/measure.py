@@ -80,8 +80,10 @@ def measurements() -> dict[str, Measurement]:
     add("prefill_turbo_linear_full", 3, "bench", "prefill", *preset_of("turbo"), *full, "--lengths", "4096,8192,16384,32768")
     ends = "32768,131072,524288,999424"
     add("marginal_1m_turbo", 80, "bench", "marginal", *preset_of("turbo"), "--positions", ends, "--kv-dtype", "int8")
-    add("decode_linear_full", 15, "bench", "decode", "--contexts", "4096,32768,131072", "--preset", "turbo", *full)
-    add("decode", 10, "bench", "decode", "--contexts", "4096,32768,131072", "--preset", "turbo")
+    decode = ["bench", "decode", "--contexts", "4096,32768,131072", "--tokens", "200"]
+    for preset, minutes in (("turbo", 10), ("balanced", 15)):
+        for text in NAMES:
+            add(f"decode_{text}_{preset}", minutes, *decode, "--preset", preset, "--text", text)
     add("serve", 45, "bench", "serve", *preset_of("turbo"))
     store = [*preset_of("turbo"), "--store"]
     add("reuse_128k", 10, "bench", "reuse", "--lengths", "4096,131072", *store, "logs/store_128k")

@@ -11,6 +11,7 @@ import torch
 
 from zen_turbo import LLM
 from zen_turbo.attention.decode import SAMPLE_EVERY, DecodeSettings, SnapDecode, SparseDecode
+from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.engine.request import RequestOutput, SamplingParams
 from zen_turbo.errors import ConfigurationError
 
@@ -73,6 +74,33 @@ def test_a_sparse_prefill_decodes_sparsely_unless_told_otherwise(tiny_folder: Pa
         answer(tiny_folder, decode_pages=0)
     with pytest.raises(ConfigurationError, match="decode_dense_tokens"):
         answer(tiny_folder, decode_dense_tokens=-1)
+
+
+def test_heads_read_what_the_prefill_saw_them_need(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The neediest head of a group decides; a budget of two pages is eight for those who need them."""
+    counts: list[list[int]] = []
+    select = SparseDecode.select
+
+    def spy(self: SparseDecode, *args: Any) -> Any:
+        lists = select(self, *args)
+        counts.append(lists.offsets.diff().tolist())
+        return lists
+
+    def needs(self: Fidelity, layer: int) -> torch.Tensor:
+        heads = torch.zeros(self._num_heads)
+        heads[1] = 1.0
+        return heads
+
+    monkeypatch.setattr(SparseDecode, "select", spy)
+    knobs = {"attention": "adaptive", "dense_tokens": 256, "decode_pages": 2}
+    answer(tiny_folder, **knobs)
+    assert counts and all(count <= 1 + 8 + 1 + 2 for each in counts for count in each), "nothing was learnt in so short a prompt"
+    counts.clear()
+    monkeypatch.setattr(Fidelity, "needs", needs)
+    answer(tiny_folder, **knobs)
+    needy, others = zip(*((each[0], each[1:]) for each in counts), strict=True)
+    assert max(needy) == 1 + 8 + 1 + 8
+    assert {count for each in others for count in each} == {1 + 8 + 1}
 
 
 def test_every_layer_has_its_turn_to_be_sampled() -> None:

@@ -53,7 +53,11 @@ class EngineConfig:
         "(snapkv), or auto: sparse after a sparse prefill.",
         choices=DECODE_POLICIES,
     )
-    decode_pages: int = _knob(512, "Most pages, per layer and KV head, that a token of an answer reads with sparse decode, beside the recent ones.")
+    decode_pages: int = _knob(
+        512,
+        "Most pages, per layer and KV head, that a token of an answer reads with sparse decode, beside the recent ones; four times as many in "
+        "heads that an adaptive prefill saw to need them.",
+    )
     decode_dense_tokens: int = _knob(32768, "Contexts up to so many tokens are read whole by every token of an answer.")
     context_extension: str = _knob(
         "dca",

@@ -3,8 +3,10 @@
 Two ways, of one shape: sinks, recent pages, and at most ``most_pages`` others for each KV head, because a page is read once for all query heads
 of a group. Up to ``dense_pages`` everything is read.
 
-    SparseDecode   every token scores every page with its own query (``csrc/select.inl``), and takes half of ``most_pages`` by the
-                   bounds of their keys, where a single key may be looked for, and others by their mean keys until these hold ``mass``
+    SparseDecode   every token scores every page with its own query (``csrc/select.inl``), and takes a quarter of ``most_pages`` by the
+                   bounds of their keys, where a single key may be looked for, and others by their mean keys until these hold ``mass``.
+                   After an adaptive prefill a KV head keeps the share that the neediest head of its group was seen to need, and may read
+                   ``NEEDY_TIMES`` as many pages for it: a few diffuse heads make most of the difference from dense decode
     SnapDecode     the prompt's last ``OBSERVED_ROWS`` rows choose once, and every token of the answer reads what they looked at (SnapKV,
                    2404.14469, with pages in place of pooled keys): a token costs no scoring, and cannot look for anything else
 
@@ -19,12 +21,13 @@ from dataclasses import dataclass
 import torch
 
 from zen_turbo.attention.blocks import Chunk, choose_by_mass, lists_from_mask, select_by_mass
-from zen_turbo.attention.fidelity import recall_of
+from zen_turbo.attention.fidelity import Fidelity, recall_of
 from zen_turbo.config import PAGE_TOKENS
 from zen_turbo.kernels import BlockLists
 
 SAMPLE_EVERY = 16
 OBSERVED_ROWS = 64
+NEEDY_TIMES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,15 @@ class DecodeSettings:
 
 
 class SparseDecode:
-    """Selection and telemetry of one request's answer. prompt_tokens: where the answer begins."""
+    """Selection and telemetry of one request's answer. prompt_tokens: where the answer begins; fidelity: of the prefill, if it was sparse."""
 
-    def __init__(self, settings: DecodeSettings, *, num_layers: int, prompt_tokens: int) -> None:
+    def __init__(
+        self, settings: DecodeSettings, *, num_layers: int, prompt_tokens: int, fidelity: Fidelity | None = None
+    ) -> None:
         self.settings = settings
         self.prompt_tokens = prompt_tokens
         self._num_layers = num_layers
+        self._fidelity = fidelity
         self._recalls: list[torch.Tensor] = []  # [heads] each
 
     def is_sparse(self, position: int) -> bool:
@@ -54,16 +60,17 @@ class SparseDecode:
 
     def select(self, token: Chunk, layer: int) -> BlockLists:
         """The pages that ``token``, a chunk of one row at any position, reads: one list per KV head."""
-        settings = self.settings
+        settings, kv_heads = self.settings, token.kv.pages.shape[1]
+        needs = self._fidelity.needs(layer) if self._fidelity is not None else None
         return select_by_mass(
             token,
-            torch.full((token.kv.pages.shape[1],), settings.mass),
+            torch.full((kv_heads,), settings.mass) if needs is None else needs.view(kv_heads, -1).amax(dim=1),
             sink_pages=settings.sink_pages,
             local_pages=settings.local_pages,
-            most_pages=settings.most_pages,
+            most_pages=settings.most_pages * (1 if needs is None else NEEDY_TIMES),
             sample_rows=1,
             per_kv_head=True,
-            bound_pages=settings.most_pages // 2,
+            bound_pages=settings.most_pages // 4,
         )
 
     def samples(self, position: int, layer: int) -> bool:
@@ -84,8 +91,10 @@ class SparseDecode:
 class SnapDecode(SparseDecode):
     """Pages chosen once, by the prompt's end."""
 
-    def __init__(self, settings: DecodeSettings, *, num_layers: int, prompt_tokens: int) -> None:
-        super().__init__(settings, num_layers=num_layers, prompt_tokens=prompt_tokens)
+    def __init__(
+        self, settings: DecodeSettings, *, num_layers: int, prompt_tokens: int, fidelity: Fidelity | None = None
+    ) -> None:
+        super().__init__(settings, num_layers=num_layers, prompt_tokens=prompt_tokens, fidelity=fidelity)
         self._chosen: dict[int, torch.Tensor] = {}  # by layer: bool [kv_heads, pages]
 
     def observe_prompt(self, end: Chunk, layer: int) -> None:

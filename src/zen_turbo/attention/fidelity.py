@@ -123,6 +123,12 @@ class Fidelity:
         assert self._learnt is not None
         return 1 - self._learnt.left_out[layer]
 
+    def needs(self, layer: int) -> torch.Tensor | None:
+        """Share of estimated mass that each head was seen to need, float32 [heads]; None before all were sampled, and without adaptive policy."""
+        if self._learnt is None or not (self._learnt.pages[layer] > 0).all():
+            return None
+        return self.mass(layer)
+
     def select(self, chunk: Chunk, layer: int) -> BlockLists:
         """The policy's lists for one layer of a chunk."""
         if isinstance(self._policy, AdaptiveSettings):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from zen_turbo.attention.decode import DECODERS
+from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.bench import corpora
 from zen_turbo.bench.fidelity import compare
 from zen_turbo.bench.prefill import engine_facts
@@ -72,7 +73,7 @@ def run(
                 read_chunk(engine, cache, tokens, start, end, fidelity=state)
                 cache.commit(end)
             experiment.log(f"{context:,} tokens: read on in {time.perf_counter() - began:.0f} s")
-            rows += _at(engine, cache, tokens[: context + num_tokens], modes)
+            rows += _at(engine, cache, tokens[: context + num_tokens], modes, state)
             experiment.log("; ".join(f"{row['attention']} {row['tpot_ms']:.1f} ms" for row in rows[-len(modes) :]))
     finally:
         cache.release()
@@ -82,13 +83,13 @@ def run(
     return experiment.finish(rows, columns=COLUMNS, note="Median time of a token; agreement and KL of sparse tokens against dense ones.")
 
 
-def _at(engine: Engine, cache: SequenceCache, tokens: Sequence[int], modes: Sequence[str]) -> list[Row]:
-    """Feed what ``tokens`` has after the cached ones, once per mode."""
+def _at(engine: Engine, cache: SequenceCache, tokens: Sequence[int], modes: Sequence[str], fidelity: Fidelity | None) -> list[Row]:
+    """Feed what ``tokens`` has after the cached ones, once per mode. fidelity: of the context's prefill."""
     rows: list[Row] = []
     logits: dict[str, torch.Tensor] = {}
     context = cache.num_tokens
     for mode in sorted(modes):  # dense comes first: the others are compared with it
-        decode = engine.new_decode(prompt_tokens=context, policy=mode)
+        decode = engine.new_decode(prompt_tokens=context, fidelity=fidelity, policy=mode)
         child = SequenceCache(engine.pool)
         times, parts = [], []
         try:

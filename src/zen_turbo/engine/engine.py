@@ -312,7 +312,7 @@ class Engine:
                 request.fidelity = self.new_fidelity(dense_from=request.num_prompt_tokens - DENSE_TAIL_TOKENS)
             if not self.reuse.reserve(request):
                 return Admission.NO_MEMORY
-            request.decode = self.new_decode(prompt_tokens=request.num_prompt_tokens)
+            request.decode = self.new_decode(prompt_tokens=request.num_prompt_tokens, fidelity=request.fidelity)
             request.admitted = time.perf_counter()
             self._progress(request)
             return Admission.ADMITTED
@@ -320,13 +320,14 @@ class Engine:
             self._fail(request, error)
             return Admission.LATER
 
-    def new_decode(self, *, prompt_tokens: int, policy: str | None = None) -> SparseDecode | None:
-        """What selects and measures for one answer, with the engine's policy or another; None where every token reads everything."""
+    def new_decode(self, *, prompt_tokens: int, fidelity: Fidelity | None, policy: str | None = None) -> SparseDecode | None:
+        """What selects and measures for one answer, with the engine's policy or another; None where every token reads everything.
+        fidelity: of the prompt's prefill."""
         kind = DECODERS.get(policy or self.config.decode_policy)
         if kind is None:
             return None
         settings = DecodeSettings(most_pages=self.config.decode_pages, dense_pages=self.config.decode_dense_tokens // PAGE_TOKENS)
-        return kind(settings, num_layers=self.model_config.num_hidden_layers, prompt_tokens=prompt_tokens)
+        return kind(settings, num_layers=self.model_config.num_hidden_layers, prompt_tokens=prompt_tokens, fidelity=fidelity)
 
     def new_fidelity(self, *, dense_from: int) -> Fidelity:
         """What steers and measures one sparse prefill with the engine's settings; rows from ``dense_from`` on are the prompt's end."""
