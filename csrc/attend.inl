@@ -24,6 +24,7 @@ constexpr float LN2 = 0.6931471805599453f;
 constexpr int BATCH = 2;        // key pages per softmax step: K and V of two pages fit L1 at head_dim 64
 constexpr int KEYS = BATCH * ZT_PAGE;
 constexpr int SPLIT_PAGES = 32;  // decode: least pages per part
+constexpr int MOST_PARTS = 64;   // decode: of one list
 
 // C[R][NV * 16] (+)= sum over pages and steps of A[R][page * steps + step] * B[page][step][NV * 16].
 template <class Dot, int R, int NV, bool ACCUMULATE>
@@ -320,16 +321,21 @@ static int decode_typed(const zt_attend_args* a) {
   if (per_kv % group || a->heads_per_list % group) return ZT_BAD_ARGUMENT;
   const int64_t groups = a->q_heads / group;
   const int head_dim = a->head_dim;
-  int64_t parts = 1;
-  for (int64_t g = 0; g < groups; g++) {
+  // Lists differ in length, and so does the number of their parts: of a short one, parts would cost more than they share.
+  auto parts_of = [&](int64_t g) {
     const int64_t* offset = a->list_offsets + g * group / a->heads_per_list;
     const int64_t n = (offset[1] - offset[0] + SPLIT_PAGES - 1) / SPLIT_PAGES;
-    if (n > parts) parts = n;
-  }
-  if (parts > 64) parts = 64;
+    return n < 1 ? int64_t(1) : n > MOST_PARTS ? int64_t(MOST_PARTS) : n;
+  };
+  auto parts_before = [&](int64_t g) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < g; i++) sum += parts_of(i);
+    return sum;
+  };
+  const int64_t all_parts = parts_before(groups);
   const int64_t bytes = Scratch<Dot>::bytes(int(group), head_dim, a->kv.dtype == ZT_INT8);
   const int64_t state = group * (head_dim + 16 + 16);  // o, sum, top (padded) of one part
-  char* memory = (char*)__builtin_malloc(size_t(bytes) * a->num_threads + size_t(groups * parts * state) * 4 + 64);
+  char* memory = (char*)__builtin_malloc(size_t(bytes) * a->num_threads + size_t(all_parts * state) * 4 + 64);
   if (!memory) return ZT_NO_MEMORY;
   float* states = (float*)(((uintptr_t)(memory + bytes * a->num_threads) + 63) / 64 * 64);
 #pragma omp parallel num_threads(a->num_threads)
@@ -338,8 +344,10 @@ static int decode_typed(const zt_attend_args* a) {
     w.place(memory + bytes * omp_get_thread_num(), int(group), head_dim);
     const typename Dot::Thread thread;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < groups * parts; item++) {
-      const int64_t g = item / parts, part = item % parts, head = g * group;
+    for (int64_t item = 0; item < all_parts; item++) {
+      int64_t g = 0, part = item;
+      while (part >= parts_of(g)) part -= parts_of(g++);
+      const int64_t parts = parts_of(g), head = g * group;
       const int64_t* offset = a->list_offsets + head / a->heads_per_list;
       const int64_t n = offset[1] - offset[0], begin = n * part / parts, end = n * (part + 1) / parts;
       Tile<Dot> t = tile_of<Dot>(a, head / per_kv);
@@ -362,7 +370,8 @@ static int decode_typed(const zt_attend_args* a) {
     }
 #pragma omp for schedule(static)
     for (int64_t head = 0; head < a->q_heads; head++) {
-      float* first = states + head / group * parts * state + head % group * (head_dim + 32);
+      const int64_t g = head / group, parts = parts_of(g);
+      float* first = states + parts_before(g) * state + head % group * (head_dim + 32);
       for (int64_t part = 1; part < parts; part++) {
         const float* from = first + part * state;
         const float top0 = first[head_dim + 16], top1 = from[head_dim + 16], top = top0 > top1 ? top0 : top1;

@@ -154,6 +154,33 @@ def test_decode(isa: str, length: int, heads: int, kv_heads: int, head_dim: int,
     check(out, lse, expected, dtype)
 
 
+@dtypes
+@pytest.mark.parametrize("pages", [(79, 2), (2, 79), (33, 66)])
+def test_decode_of_lists_of_different_lengths(isa: str, pages: tuple[int, int], dtype: torch.dtype) -> None:
+    """Each KV head's list is cut into as many parts as it needs."""
+    length, heads = 79 * 64 - 10, 8
+    case = make_case(length, heads, 2, 64, dtype)
+    q = case.q[-1:].contiguous()
+    generator = torch.Generator().manual_seed(2)
+    kept = [sorted({*torch.randperm(78, generator=generator)[: count - 1].tolist(), 78}) for count in pages]
+    entries = torch.tensor([page * 4 for each in kept for page in each], dtype=torch.int32)
+    lists = BlockLists(torch.tensor([0, pages[0], sum(pages)]), entries, heads // 2)
+    out, lse = torch.empty_like(q), torch.empty(heads, 1)
+    kernels.decode((q, None, None), case.view, lists, out, position=length - 1, scale=case.scale, lse=lse)
+    for head in range(heads):
+        tokens = torch.cat([torch.arange(page * 64, min(page * 64 + 64, length)) for page in kept[head // 4]])
+        own = slice(head // 4, head // 4 + 1)
+        expected = reference.attention(
+            q[:, head : head + 1],
+            case.k[tokens][:, own],
+            case.v[tokens][:, own],
+            q_positions=torch.tensor([length - 1]),
+            k_positions=tokens,
+            scale=case.scale,
+        )
+        check(out[:, head : head + 1], lse[head : head + 1], expected, dtype)
+
+
 def test_decode_does_not_depend_on_the_number_of_threads(isa: str) -> None:
     case = make_case(2000, 8, 2, 64, torch.bfloat16)
     q = case.q[-1:].contiguous()
