@@ -89,7 +89,7 @@ def measurements() -> dict[str, Measurement]:
     add("reuse_128k", 10, "bench", "reuse", "--lengths", "4096,131072", *store, "logs/store_128k")
     default = [*preset_of("balanced"), "--store"]
     add("reuse_128k_balanced", 13, "bench", "reuse", "--lengths", "4096,131072", *default, "logs/store_128k_balanced")
-    add("reuse_1m", 65, "bench", "reuse", "--lengths", "4096,131072,1000000", "--kv-dtype", "int8", *store, "logs/store_1m")
+    add("reuse_1m", 55, "bench", "reuse", "--lengths", "4096,1000000", "--kv-dtype", "int8", *store, "logs/store_1m")
     return found
 
 
