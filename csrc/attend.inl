@@ -181,9 +181,8 @@ static inline __attribute__((always_inline)) void softmax_row(const float* s, ty
 }
 
 template <class Dot>
-static void strip(const Tile<Dot>& t, Scratch<Dot>& w, int row, const char* const* k_pages, const int32_t* entry, const bool* masked,
-                  int num_pages) {
-  const int rows = t.rows - row < Dot::ROWS ? t.rows - row : Dot::ROWS;
+static void strip(const Tile<Dot>& t, Scratch<Dot>& w, int row, int rows, const char* const* k_pages, const int32_t* entry,
+                  const bool* masked, int num_pages) {
   const int head_dim = t.head_dim;
   for (int i = 0; i < num_pages; i++) {
     const typename Dot::A* q = w.q[entry[i] & 3] + int64_t(row) * head_dim;
@@ -211,6 +210,8 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
   const int64_t elements = 2 * int64_t(ZT_PAGE) * head_dim;
   const int64_t page_bytes = t.int8 ? int8_page_bytes(head_dim) : elements * Dot::STORED_BYTES;
   const int strips = (t.rows + Dot::ROWS - 1) / Dot::ROWS;
+  // Seven rows are four and three, not six and one: products of a single row wait for themselves. Tiles have their fixed size.
+  const int strip_rows = Dot::TILES ? Dot::ROWS : (t.rows + strips - 1) / strips;
   const int64_t share = (BATCH * page_bytes / 64 + strips - 1) / strips;  // cache lines of the next batch fetched per strip
 
   for (int64_t e = 0; e < t.num_entries; e += BATCH) {
@@ -239,14 +240,14 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
     }
     for (int i = 0; i < ahead; i++) next[i] = t.pages + int64_t(t.page_table[t.entries[e + count + i] >> 2]) * t.slot_stride;
     int64_t line = 0;
-    for (int row = 0; row < t.rows; row += Dot::ROWS) {
+    for (int row = 0; row < t.rows; row += strip_rows) {
       for (int64_t l = line; l < line + share; l++) {
         const int64_t at = l * 64;
         const int i = at >= page_bytes ? 1 : 0;
         if (i < ahead && at - i * page_bytes < page_bytes) __builtin_prefetch(next[i] + (at - i * page_bytes), 0, 2);
       }
       line += share;
-      strip<Dot>(t, w, row, k_pages, t.entries + e, masked, count);
+      strip<Dot>(t, w, row, t.rows - row < strip_rows ? t.rows - row : strip_rows, k_pages, t.entries + e, masked, count);
     }
   }
 }

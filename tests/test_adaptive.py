@@ -199,7 +199,8 @@ def observe(state: Fidelity, layer: int, error: list[float], *, position: int = 
     state.observe_row(Observation(position, layer, torch.tensor(error), torch.full((3,), 10.0)), lse_kept=lse - 0.1, lse_full=lse)
 
 
-def test_shares_follow_what_they_cost_from_the_next_window_on() -> None:
+def test_shares_follow_what_they_cost_from_the_next_window_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive, "_FARTHER", 1 << 40)  # one price at any position
     state = steering()
     state.begin_chunk(0)
     observe(state, 0, [1e-9, 0.01, 0.1])  # nothing, the price, ten times the price
@@ -250,11 +251,17 @@ def test_heads_come_to_rest_at_the_price(error_exponent: float, pages_exponent: 
 
 def test_pages_are_worth_more_where_there_are_few_pairs() -> None:
     settings = dataclasses.replace(SETTINGS, price=1e-3, near_price=1e-5)
-    prices = [adaptive.price_at(position, settings) for position in (0, 32768, 49152, 65536, 1000000)]
-    assert prices == pytest.approx([1e-5, 1e-5, 1e-4, 1e-3, 1e-3])
-    assert adaptive.price_at(8192, SETTINGS) == SETTINGS.price, "with one price it holds everywhere"
+    prices = [adaptive.price_at(position, settings) for position in (0, 32768, 49152, 65536, 131072, 262144, 1048576)]
+    assert prices == pytest.approx([1e-5, 1e-5, 1e-4, 1e-3, 1e-3, 2e-3, 8e-3])
+    assert adaptive.price_at(8192, SETTINGS) == SETTINGS.price, "with one price it holds up to 128K"
     near, far = (adaptive.learn(adaptive.begin(1, 1, settings), torch.ones(1, 1), torch.full((1, 1), 4e2), at, settings) for at in (32768, 131072))
     assert 0 < float(near.left_out) < float(far.left_out)
+
+
+def test_fewer_rows_are_scored_far_out_but_never_more_than_near() -> None:
+    positions = (0, 131072, 262144 - 8192, 262144, 524288, 1048576 - 8192, 1 << 30)
+    rows = {most: [adaptive.sample_rows_at(at, dataclasses.replace(SETTINGS, sample_rows=most)) for at in positions] for most in (32, 8, 2)}
+    assert rows == {32: [32, 32, 32, 16, 8, 8, 4], 8: [8, 8, 8, 4, 4, 4, 4], 2: [2] * 7}
 
 
 def test_few_samples_among_many_do_not_turn_a_share_around() -> None:

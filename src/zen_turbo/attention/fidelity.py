@@ -132,7 +132,10 @@ class Fidelity:
     def select(self, chunk: Chunk, layer: int) -> BlockLists:
         """The policy's lists for one layer of a chunk."""
         if isinstance(self._policy, AdaptiveSettings):
-            return adaptive.select(chunk, layer, self._num_layers, self.mass(layer), self._policy, end_pages=self._end_pages)
+            window = chunk.first_position // WINDOW_TOKENS * WINDOW_TOKENS
+            return adaptive.select(
+                chunk, layer, self._num_layers, self.mass(layer), self._policy, window=window, end_pages=self._end_pages
+            )
         return self._policy(chunk, layer)
 
     def begin_chunk(self, first_position: int) -> None:

@@ -14,6 +14,7 @@ and both are power laws of the share l of mass that is left out: error ~ l^1.7 a
 Each window of the prompt gives samples of their constants; older windows count less and less. A head then leaves out the l at which error / pages
 is ``price``: with equal prices one more page would help every head alike, which is the least total error for so many pages. Up to 32K tokens
 a third of attention takes less time than the linear layers, so a page is priced at ``near_price``; from 64K tokens on it has the full price.
+Beyond 128K tokens the price grows with the position and fewer rows are scored, so that neither attention nor selection grows without end.
 
 Samples are few, and a head that is needed rarely but then much looks easy in almost all of them. So a share starts at ``mass``, moves by no more
 than a factor of four from one window to the next, and never falls below ``least_mass``, whatever was seen.
@@ -42,18 +43,22 @@ _ERROR = 1.7
 _PAGES = 0.7
 _FADE = 0.85  # what a window's samples count for in the next one: the last six or seven windows decide
 _MOST_CHANGE = math.log(4)
-_NEAR, _FAR = 32768, 65536  # positions up to which the near price holds, and from which the full one does
+# Positions up to which the near price holds, from which the full one does, and from which it grows and fewer rows are scored.
+_NEAR, _FAR, _FARTHER = 32768, 65536, 131072
+_LEAST_SAMPLE_ROWS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSettings:
     """``mass``: share of estimated mass that a head keeps in the beginning, and ``least_mass`` at any time, for the layers of each quarter (or
     other equal part) of the depth. ``price``: relative squared output error per page at which one more page is no longer worth it, in windows
-    that begin at 64K or later; ``near_price``: in those that begin before 32K (geometrically in between; None: one price everywhere).
+    that begin at 64K or later (beyond 128K in proportion to the position); ``near_price``: in those that begin before 32K (geometrically in
+    between; None: one price up to 128K).
     ``most_mass``: a head never keeps more, unless ``least_mass`` says so.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
-    a token, so that a preset that has it reads any length in linear time. ``sample_rows``: rows of a query block that are scored; what only the
-    others look for is missed. ``end_pages``: the most pages that the prompt's last rows read, where the question is, in every head (``end_of``)."""
+    a token, so that a preset that has it reads any length in linear time. ``sample_rows``: rows of a query block that are scored, beyond 128K fewer
+    (``sample_rows_at``); what only the others look for is missed.
+    ``end_pages``: the most pages that the prompt's last rows read, where the question is, in every head (``end_of``)."""
 
     mass: tuple[float, ...]
     least_mass: tuple[float, ...]
@@ -96,16 +101,17 @@ def end_of(num_pages: int, settings: AdaptiveSettings) -> int:
 
 
 def select(
-    chunk: Chunk, layer: int, num_layers: int, mass: torch.Tensor, settings: AdaptiveSettings, *, end_pages: int
+    chunk: Chunk, layer: int, num_layers: int, mass: torch.Tensor, settings: AdaptiveSettings, *, window: int, end_pages: int
 ) -> BlockLists:
-    """Lists for every head of a layer; mass: float32 [heads]; end_pages: what ``end_of`` gives for the whole prompt."""
+    """Lists for every head of a layer; mass: float32 [heads]; window: the position at which the chunk's window begins; end_pages: what
+    ``end_of`` gives for the whole prompt."""
     return blocks.select_by_mass(
         chunk,
         mass,
         sink_pages=settings.sink_pages,
         local_pages=settings.local_pages,
         most_pages=None if settings.most_pages is None else of_depth(settings.most_pages, layer, num_layers),
-        sample_rows=settings.sample_rows,
+        sample_rows=sample_rows_at(window, settings),
         end_pages=end_pages,
     )
 
@@ -122,10 +128,18 @@ def begin(num_layers: int, num_heads: int, settings: AdaptiveSettings) -> Learnt
 
 
 def price_at(position: int, settings: AdaptiveSettings) -> float:
+    """Of a page, in the window that begins at ``position``."""
     if settings.near_price is None or position >= _FAR:
-        return settings.price
+        return settings.price * max(1.0, position / _FARTHER)
     way = max(0.0, (position - _NEAR) / (_FAR - _NEAR))
     return settings.near_price * (settings.price / settings.near_price) ** way
+
+
+def sample_rows_at(position: int, settings: AdaptiveSettings) -> int:
+    """Rows of a query block that are scored in the window that begins at ``position``: half as many with every doubling beyond 128K, so that
+    what a token's selection costs stays about the same; but no fewer than four."""
+    doublings = max(0, (position // _FARTHER).bit_length() - 1)
+    return min(settings.sample_rows, max(settings.sample_rows >> doublings, _LEAST_SAMPLE_ROWS))
 
 
 def learn(learnt: Learnt, error: torch.Tensor, pages: torch.Tensor, position: int, settings: AdaptiveSettings) -> Learnt:
