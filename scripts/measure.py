@@ -46,6 +46,8 @@ def measurements() -> dict[str, Measurement]:
     add("passkey_turbo_128k", 35, "eval", "passkey", "--lengths", "131072", "--depths", "11", *preset_of("turbo"))
     for length, label, minutes in ((262144, "256k", 40), (524288, "512k", 90), (1000000, "1m", 220)):
         add(f"passkey_turbo_{label}", minutes, "eval", "passkey", "--lengths", str(length), *grid, *preset_of("turbo"), "--kv-dtype", "int8")
+    lower_half = ["--lengths", "1000000", "--depths", "50,75,100"]
+    add("passkey_turbo_1m_lower_half", 80, "eval", "passkey", *lower_half, *preset_of("turbo"), "--kv-dtype", "int8")
     add("passkey_balanced", 50, "eval", "passkey", "--lengths", f"{short},131072", *grid, *preset_of("balanced"))
     add("passkey_faithful", 25, "eval", "passkey", "--lengths", short, *grid, *preset_of("faithful"))
     for length, label, questions, minutes in ((32768, "32k", 200, 60), (131072, "128k", 100, 150)):
