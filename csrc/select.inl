@@ -46,8 +46,9 @@ struct Free {
 // Sets what every list has; gives how many pages that are.
 static int keep_forced(int64_t count, Free free, uint64_t* bits, int64_t words) {
   __builtin_memset(bits, 0, size_t(words) * 8);
-  for (int64_t page = 0; page <= count; page++)
-    if (page < free.begin || page >= free.end) bits[page / 64] |= uint64_t(1) << (page % 64);
+  auto set = [bits](int64_t page) { bits[page / 64] |= uint64_t(1) << (page % 64); };
+  for (int64_t page = 0; page < free.begin; page++) set(page);
+  for (int64_t page = free.end; page <= count; page++) set(page);
   return int(count + 1 - (free.end - free.begin));
 }
 
@@ -57,11 +58,19 @@ template <bool AGAIN>
 static int keep_by_energy(const float* energy, int64_t count, Free free, float mass, int64_t most, Step* steps, uint64_t* bits) {
   auto set = [bits](int64_t page) { bits[page / 64] |= uint64_t(1) << (page % 64); };
   auto open = [bits](int64_t page) { return !AGAIN || !(bits[page / 64] >> (page % 64) & 1); };
-  double all = 0, have = 0;
-  for (int64_t page = 0; page < count; page++) {
-    all += energy[page];
-    if (page < free.begin || page >= free.end || !open(page)) have += energy[page];
-  }
+  // All of the mass and what is set of it. Four sums, because one would wait for itself.
+  double sums[4] = {0, 0, 0, 0};
+  int64_t page4 = 0;
+  for (; page4 + 4 <= count; page4 += 4)
+    for (int i = 0; i < 4; i++) sums[i] += energy[page4 + i];
+  for (; page4 < count; page4++) sums[0] += energy[page4];
+  const double all = sums[0] + sums[1] + (sums[2] + sums[3]);
+  double have = 0;
+  for (int64_t page = 0; page < free.begin; page++) have += energy[page];
+  for (int64_t page = free.end; page < count; page++) have += energy[page];
+  if (AGAIN)
+    for (int64_t page = free.begin; page < free.end; page++)
+      if (!open(page)) have += energy[page];
   double need = mass < 1 ? double(mass) * all - have : 1e30;  // all of the mass is all of the pages, whatever rounding says
   int64_t room = most;
   if (need <= 0 || room <= 0 || free.begin >= free.end) return 0;
@@ -182,7 +191,9 @@ static int select_typed(const zt_select_args* a) {
             Dot::load_a(q[v] + int64_t(r) * width, pass ? halves : from, width);
           }
         }
-        for (int row = 0; row < used; row += ROWS) {
+        const int strips = (used + ROWS - 1) / ROWS, most_rows = Dot::TILES ? ROWS : (used + strips - 1) / strips;
+        for (int row = 0; row < used; row += most_rows) {
+          const int in_strip = used - row < most_rows ? used - row : most_rows;
           for (int64_t first = 0; first < count; first += 64) {
             const char* tile = packed[pass] + h * packed_head[pass] + first / 16 * vec_bytes[pass];
             const int64_t last = (first + 64 < count ? first + 64 : count) - 1;
@@ -190,15 +201,15 @@ static int select_typed(const zt_select_args* a) {
             for (int v = variant_of(first); v >= variant_of(last); v--) {
               const bool whole = variant_of(first) == variant_of(last);
               float* to = whole ? scores + first : edge;
-              product<Dot, false>(ROWS, q[v] + int64_t(row) * width, width, width / Dot::PAIR, &tile, 1, vec_bytes[pass], Dot::STEP_BYTES,
+              product<Dot, false>(in_strip, q[v] + int64_t(row) * width, width, width / Dot::PAIR, &tile, 1, vec_bytes[pass], Dot::STEP_BYTES,
                                         vecs, to, whole ? padded : 64);
               if (!whole)
                 for (int64_t page = first; page <= last; page++)
                   if (variant_of(page) == v)
-                    for (int r = 0; r < ROWS; r++) scores[r * padded + page] = edge[r * 64 + page - first];
+                    for (int r = 0; r < in_strip; r++) scores[r * padded + page] = edge[r * 64 + page - first];
             }
           }
-          for (int r = 0; r < ROWS && row + r < used; r++) {
+          for (int r = 0; r < in_strip; r++) {
             float* s = scores + r * padded;
             for (int64_t page = count; page < end; page++) s[page] = NEGATIVE;
             vec high = load(s);
