@@ -244,15 +244,29 @@ def results_table() -> str:
     identical = sum(row["verdict"] == "identical" for row in greedy)
     at_8k = next(row for row in prefill if row["length"] == 8192)
     machine = read_json(ROOT / "results" / "prefill_dense.json")["machine"]
-    (million,) = rows("passkey_turbo_1m_middle.json")
+    millions = rows("passkey_turbo_1m_lower_half.json")
+    million = next(row for row in millions if not row["cached_tokens"])
+    again = {row["case"]: row for row in rows("reuse_1m.json") if row["length"] == 1000000}
+    near_again = {row["case"]: row for row in rows("reuse_128k_balanced.json") if row["length"] == 131072}
     far = rows("marginal_128k_turbo.json")[-1]
+    depths = joined([f"{row['depth']:g}" for row in millions])
     lines = [
         (
-            f"Passkey half-way down {million['length']:,} tokens (sparse prefill, preset turbo, 8-bit KV pages): minutes to the first token,"
+            f"Passkey at {depths} % of {million['length']:,} tokens (sparse prefill, preset turbo, 8-bit KV pages): minutes to the first token,"
             " over the linear layers alone, block pairs read, peak memory",
-            f"{'found' if million['correct'] else 'missed'}: {million['ttft_s'] / 60:.0f} min, {million['ttft_s'] / million['linear_floor_s']:.2f}x,"
-            f" {million['density']:.2%}, {million['peak_rss_gib']:.1f} GiB",
-            "passkey_turbo_1m_middle.json",
+            f"{sum(row['correct'] for row in millions)} of {len(millions)} found: {million['ttft_s'] / 60:.0f} min,"
+            f" {million['ttft_s'] / million['linear_floor_s']:.2f}x, {million['density']:.2%}, {million['peak_rss_gib']:.1f} GiB",
+            "passkey_turbo_1m_lower_half.json",
+        ),
+        (
+            f"{again['cold']['prompt_tokens']:,} tokens of code with the same settings: first question, another one, the first one after a restart",
+            f"{again['cold']['ttft_s'] / 60:.0f} min, {again['warm']['ttft_s']:.1f} s, {again['restart']['ttft_s']:.1f} s",
+            "reuse_1m.json",
+        ),
+        (
+            f"{near_again['cold']['prompt_tokens']:,} tokens of code with the default preset: the same three",
+            f"{near_again['cold']['ttft_s'] / 60:.1f} min, {near_again['warm']['ttft_s']:.1f} s, {near_again['restart']['ttft_s']:.1f} s",
+            "reuse_128k_balanced.json",
         ),
         (
             f"{far['length']:,} tokens of code read with the preset turbo: against dense attention, and over the bf16 linear layers alone",
