@@ -90,6 +90,14 @@ static void product(int rows, const typename Dot::A* a, int64_t a_stride, int st
     product<Dot, ACCUMULATE, (R > 1 ? R - 1 : 1)>(rows, a, a_stride, steps, pages, num_pages, b_vec, b_step, num_vecs, c, c_stride);
 }
 
+// Rows that a product should take at a time: seven as four and three, not six and one, because products of a single row wait for themselves. Tiles
+// have their fixed size.
+template <class Dot>
+static inline int strip_rows(int rows) {
+  const int strips = (rows + Dot::ROWS - 1) / Dot::ROWS;
+  return Dot::TILES ? Dot::ROWS : (rows + strips - 1) / strips;
+}
+
 // Scratch of one thread; pointers into one allocation.
 template <class Dot>
 struct Scratch {
@@ -210,8 +218,7 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
   const int64_t elements = 2 * int64_t(ZT_PAGE) * head_dim;
   const int64_t page_bytes = t.int8 ? int8_page_bytes(head_dim) : elements * Dot::STORED_BYTES;
   const int strips = (t.rows + Dot::ROWS - 1) / Dot::ROWS;
-  // Seven rows are four and three, not six and one: products of a single row wait for themselves. Tiles have their fixed size.
-  const int strip_rows = Dot::TILES ? Dot::ROWS : (t.rows + strips - 1) / strips;
+  const int most_rows = strip_rows<Dot>(t.rows);
   const int64_t share = (BATCH * page_bytes / 64 + strips - 1) / strips;  // cache lines of the next batch fetched per strip
 
   for (int64_t e = 0; e < t.num_entries; e += BATCH) {
@@ -240,14 +247,14 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
     }
     for (int i = 0; i < ahead; i++) next[i] = t.pages + int64_t(t.page_table[t.entries[e + count + i] >> 2]) * t.slot_stride;
     int64_t line = 0;
-    for (int row = 0; row < t.rows; row += strip_rows) {
+    for (int row = 0; row < t.rows; row += most_rows) {
       for (int64_t l = line; l < line + share; l++) {
         const int64_t at = l * 64;
         const int i = at >= page_bytes ? 1 : 0;
         if (i < ahead && at - i * page_bytes < page_bytes) __builtin_prefetch(next[i] + (at - i * page_bytes), 0, 2);
       }
       line += share;
-      strip<Dot>(t, w, row, t.rows - row < strip_rows ? t.rows - row : strip_rows, k_pages, t.entries + e, masked, count);
+      strip<Dot>(t, w, row, t.rows - row < most_rows ? t.rows - row : most_rows, k_pages, t.entries + e, masked, count);
     }
   }
 }

@@ -14,12 +14,12 @@ namespace {
 
 static inline int64_t int8_page_bytes(int head_dim) { return int64_t(132) * head_dim + 4 * ZT_PAGE; }
 
-// 32 codes times a scale. One instruction rounds two vectors to bf16 where there is one: unpacking is a sixth of sparse attention on int8 pages.
+// 32 codes times a scale. One instruction rounds two vectors to bf16 where there is one: unpacking is a sixth of a million-token prefill.
 template <class Dot>
 static inline void widen32(const int8_t* codes, vec scale, typename Dot::Stored* out) {
   const vec a = mul(load_i8(codes), scale), b = mul(load_i8(codes + 16), scale);
-  if constexpr (sizeof(typename Dot::A) == sizeof(typename Dot::Stored)) {
-    Dot::store_p((typename Dot::A*)out, a, b);
+  if constexpr (__is_same(typename Dot::A, typename Dot::Stored)) {
+    Dot::store_p(out, a, b);
   } else {
     Dot::store_out(out, a);
     Dot::store_out(out + 16, b);

@@ -43,12 +43,23 @@ struct Free {
   int64_t begin, end;
 };
 
+static inline void set_page(uint64_t* bits, int64_t page) { bits[page / 64] |= uint64_t(1) << (page % 64); }
+
+// In four sums, because one would wait for itself.
+static double sum_of(const float* energy, int64_t count) {
+  double sums[4] = {0, 0, 0, 0};
+  int64_t page = 0;
+  for (; page + 4 <= count; page += 4)
+    for (int i = 0; i < 4; i++) sums[i] += energy[page + i];
+  for (; page < count; page++) sums[0] += energy[page];
+  return sums[0] + sums[1] + (sums[2] + sums[3]);
+}
+
 // Sets what every list has; gives how many pages that are.
 static int keep_forced(int64_t count, Free free, uint64_t* bits, int64_t words) {
   __builtin_memset(bits, 0, size_t(words) * 8);
-  auto set = [bits](int64_t page) { bits[page / 64] |= uint64_t(1) << (page % 64); };
-  for (int64_t page = 0; page < free.begin; page++) set(page);
-  for (int64_t page = free.end; page <= count; page++) set(page);
+  for (int64_t page = 0; page < free.begin; page++) set_page(bits, page);
+  for (int64_t page = free.end; page <= count; page++) set_page(bits, page);
   return int(count + 1 - (free.end - free.begin));
 }
 
@@ -56,18 +67,9 @@ static int keep_forced(int64_t count, Free free, uint64_t* bits, int64_t words) 
 // AGAIN: some of the free pages are set already.
 template <bool AGAIN>
 static int keep_by_energy(const float* energy, int64_t count, Free free, float mass, int64_t most, Step* steps, uint64_t* bits) {
-  auto set = [bits](int64_t page) { bits[page / 64] |= uint64_t(1) << (page % 64); };
   auto open = [bits](int64_t page) { return !AGAIN || !(bits[page / 64] >> (page % 64) & 1); };
-  // All of the mass and what is set of it. Four sums, because one would wait for itself.
-  double sums[4] = {0, 0, 0, 0};
-  int64_t page4 = 0;
-  for (; page4 + 4 <= count; page4 += 4)
-    for (int i = 0; i < 4; i++) sums[i] += energy[page4 + i];
-  for (; page4 < count; page4++) sums[0] += energy[page4];
-  const double all = sums[0] + sums[1] + (sums[2] + sums[3]);
-  double have = 0;
-  for (int64_t page = 0; page < free.begin; page++) have += energy[page];
-  for (int64_t page = free.end; page < count; page++) have += energy[page];
+  const double all = sum_of(energy, count);
+  double have = sum_of(energy, free.begin) + sum_of(energy + free.end, count - free.end);  // of what is set
   if (AGAIN)
     for (int64_t page = free.begin; page < free.end; page++)
       if (!open(page)) have += energy[page];
@@ -94,7 +96,7 @@ static int keep_by_energy(const float* energy, int64_t count, Free free, float m
       if (need <= 0 || room <= 0) continue;
       room--, need -= energy[page];
     }
-    set(page), kept++;
+    set_page(bits, page), kept++;
   }
   return kept;
 }
@@ -191,7 +193,7 @@ static int select_typed(const zt_select_args* a) {
             Dot::load_a(q[v] + int64_t(r) * width, pass ? halves : from, width);
           }
         }
-        const int strips = (used + ROWS - 1) / ROWS, most_rows = Dot::TILES ? ROWS : (used + strips - 1) / strips;
+        const int most_rows = strip_rows<Dot>(used);
         for (int row = 0; row < used; row += most_rows) {
           const int in_strip = used - row < most_rows ? used - row : most_rows;
           for (int64_t first = 0; first < count; first += 64) {

@@ -49,7 +49,7 @@ class SparseDecode:
         self.prompt_tokens = prompt_tokens
         self._num_layers = num_layers
         self._fidelity = fidelity
-        self._mass: dict[int, torch.Tensor | None] = {}  # by layer: float32 [kv_heads]
+        self._limits: dict[int, tuple[torch.Tensor, int]] = {}  # by layer
         self._recalls: list[torch.Tensor] = []  # [heads] each
 
     def is_sparse(self, position: int) -> bool:
@@ -61,21 +61,27 @@ class SparseDecode:
 
     def select(self, token: Chunk, layer: int) -> BlockLists:
         """The pages that ``token``, a chunk of one row at any position, reads: one list per KV head."""
-        settings, kv_heads = self.settings, token.kv.pages.shape[1]
-        if layer not in self._mass:  # what was learnt does not change any more
-            needs = self._fidelity.needs(layer) if self._fidelity is not None else None
-            self._mass[layer] = None if needs is None else needs.view(kv_heads, -1).amax(dim=1)
-        mass = self._mass[layer]
+        settings = self.settings
+        if layer not in self._limits:
+            self._limits[layer] = self._limits_of(layer, token.kv.pages.shape[1])
+        mass, most_pages = self._limits[layer]
         return select_by_mass(
             token,
-            torch.full((kv_heads,), settings.mass) if mass is None else mass,
+            mass,
             sink_pages=settings.sink_pages,
             local_pages=settings.local_pages,
-            most_pages=settings.most_pages * (1 if mass is None else NEEDY_TIMES),
+            most_pages=most_pages,
             sample_rows=1,
             per_kv_head=True,
             bound_pages=settings.most_pages // 4,
         )
+
+    def _limits_of(self, layer: int, kv_heads: int) -> tuple[torch.Tensor, int]:
+        """Share of estimated mass to keep, float32 [kv_heads], and the most pages. The same for every token: nothing is learnt after the prompt."""
+        needs = self._fidelity.needs(layer) if self._fidelity is not None else None
+        if needs is None:
+            return torch.full((kv_heads,), self.settings.mass), self.settings.most_pages
+        return needs.view(kv_heads, -1).amax(dim=1), self.settings.most_pages * NEEDY_TIMES
 
     def samples(self, position: int, layer: int) -> bool:
         """Whether recall is measured for this token in this layer."""
