@@ -234,7 +234,11 @@ def results_table() -> str:
     """What the records say, one line a claim, with the record that backs it."""
 
     def joined(values: list[str]) -> str:
-        return " and ".join(values)
+        return ", ".join([*values[:-2], " and ".join(values[-2:])])
+
+    def questions(name: str, length: int) -> str:
+        cold, warm, restart = (row["ttft_s"] for row in rows(name) if row["length"] == length)
+        return f"{cold / 60:.1f} min, {warm:.1f} s, {restart:.1f} s"
 
     kernel, peers, prefill = rows("attention.json"), rows("llama_cpp.json"), rows("prefill_dense.json")
     passkey = [row for path in sorted((ROOT / "results").glob("passkey_dense*.json")) for row in read_json(path)["rows"]]
@@ -243,11 +247,8 @@ def results_table() -> str:
     greedy = [row for row in rows("transformers.json") if (row["first"], row["second"]) == ("ours float32", "reference fp32")]
     identical = sum(row["verdict"] == "identical" for row in greedy)
     at_8k = next(row for row in prefill if row["length"] == 8192)
-    machine = read_json(ROOT / "results" / "prefill_dense.json")["machine"]
     millions = rows("passkey_turbo_1m_lower_half.json")
     million = next(row for row in millions if not row["cached_tokens"])
-    again = {row["case"]: row for row in rows("reuse_1m.json") if row["length"] == 1000000}
-    near_again = {row["case"]: row for row in rows("reuse_128k_balanced.json") if row["length"] == 131072}
     far = rows("marginal_128k_turbo.json")[-1]
     depths = joined([f"{row['depth']:g}" for row in millions])
     lines = [
@@ -259,13 +260,13 @@ def results_table() -> str:
             "passkey_turbo_1m_lower_half.json",
         ),
         (
-            f"{again['cold']['prompt_tokens']:,} tokens of code with the same settings: first question, another one, the first one after a restart",
-            f"{again['cold']['ttft_s'] / 60:.0f} min, {again['warm']['ttft_s']:.1f} s, {again['restart']['ttft_s']:.1f} s",
+            "1,000,000 tokens of code with the same settings: first question, another one, the first one after a restart",
+            questions("reuse_1m.json", 1000000),
             "reuse_1m.json",
         ),
         (
-            f"{near_again['cold']['prompt_tokens']:,} tokens of code with the default preset: the same three",
-            f"{near_again['cold']['ttft_s'] / 60:.1f} min, {near_again['warm']['ttft_s']:.1f} s, {near_again['restart']['ttft_s']:.1f} s",
+            "131,072 tokens of code with the default preset: the same three",
+            questions("reuse_128k_balanced.json", 131072),
             "reuse_128k_balanced.json",
         ),
         (
@@ -301,7 +302,13 @@ def results_table() -> str:
             "transformers.json",
         ),
     ]
-    caption = f"\nTimes were measured on {machine['cores']} cores of an {machine['cpu']}, no GPU, default model (0.5B).\n"
+    timed = dict.fromkeys([name for *_, name in lines if "*" not in name] + [f"prefill_{name}.json" for name in ("dense", *PRESETS)])
+    machines: dict[str, list[str]] = {}
+    for name in timed:
+        machine = read_json(ROOT / "results" / name)["machine"]
+        machines.setdefault(f"{machine['cores']} cores of an {machine['cpu']}", []).append(f"`{name}`")
+    on = "; ".join(f"on {machine}: {', '.join(names)}" for machine, names in machines.items())
+    caption = f"\nMeasured without a GPU, with the default model (0.5B), {on}.\n"
     return table(("what", "result", "record"), [(what, result, f"`{record}`") for what, result, record in lines]) + caption
 
 
