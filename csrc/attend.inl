@@ -6,8 +6,8 @@
 //                      of the micro-kernel (rows x vecs, whose accumulators must fit the register file), or TILES: it has a unit that
 //                      multiplies matrices, ROWS rows at a time, in tile_product; Thread is what a thread sets up for it
 //
-// Work item = (query head, query block of 64 rows), or (KV head, part of the list) in decode; one thread computes one item in list order,
-// so the result does not depend on scheduling or on the number of threads. For a strip of Dot::ROWS rows and a batch of key pages:
+// Work item = (query head, query block of 64 rows); one thread computes one item in list order, so the result does not depend on scheduling or
+// on the number of threads. decode.inl has the items of a single row. For a strip of Dot::ROWS rows and a batch of key pages:
 //   S = Q K^T (micro-kernel)  ->  mask where the page crosses the diagonal or the window  ->  online softmax  ->  O += P V (micro-kernel)
 // Scores stay in L1. The running maximum is lazy: accumulators are rescaled only when it grows by more than 8 (in powers of two), so P is at
 // most 2^8 and the final division cancels the factor. The row sum adds P before it is rounded to bf16. Masked scores are a large finite
@@ -23,8 +23,6 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 constexpr int BATCH = 2;        // key pages per softmax step: K and V of two pages fit L1 at head_dim 64
 constexpr int KEYS = BATCH * ZT_PAGE;
-constexpr int SPLIT_PAGES = 32;  // decode: least pages per part
-constexpr int MOST_PARTS = 64;   // decode: of one list
 
 // C[R][NV * 16] (+)= sum over pages and steps of A[R][page * steps + step] * B[page][step][NV * 16].
 template <class Dot, int R, int NV, bool ACCUMULATE>
@@ -163,9 +161,9 @@ static inline void mask_scores(float* s, int64_t page, int64_t position, int64_t
   for (int k = 0; k < ZT_PAGE; k++) s[k] = k < end && k >= begin ? s[k] : NEGATIVE;
 }
 
-// Online softmax of one row over num_keys scores: fills p, updates sum, top, o.
-template <class Dot>
-static inline __attribute__((always_inline)) void softmax_row(const float* s, typename Dot::A* p, int num_keys, float factor, float* top,
+// Online softmax of one row over num_keys scores: fills p as P has it, updates sum, top, o.
+template <class Dot, class P = Dot>
+static inline __attribute__((always_inline)) void softmax_row(const float* s, typename P::A* p, int num_keys, float factor, float* top,
                                                               float* sum, float* o, int head_dim) {
   vec high = load(s);
   for (int k = 16; k < num_keys; k += 16) high = max_(high, load(s + k));
@@ -183,7 +181,7 @@ static inline __attribute__((always_inline)) void softmax_row(const float* s, ty
     const vec a = Dot::exp2(fma(load(s + k), scale, shift));
     const vec b = Dot::exp2(fma(load(s + k + 16), scale, shift));
     total = add(total, add(a, b));
-    Dot::store_p(p + k, a, b);
+    P::store_p(p + k, a, b);
   }
   store(sum, total);
 }
@@ -208,12 +206,23 @@ static void strip(const Tile<Dot>& t, Scratch<Dot>& w, int row, int rows, const 
                         head_dim / 16, w.o + int64_t(row) * head_dim, head_dim);
 }
 
+template <class Dot>
+static void begin_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
+  for (int64_t i = 0; i < int64_t(t.rows) * t.head_dim; i += 16) store(w.o + i, zero());
+  for (int r = 0; r < t.rows; r++) store(w.sum + r * 16, zero()), w.top[r] = NEGATIVE;
+}
+
+template <class Dot>
+static inline bool is_masked(const Tile<Dot>& t, const Scratch<Dot>& w, int64_t page) {
+  const int64_t first = page * ZT_PAGE;
+  return first + ZT_PAGE - 1 > w.position[0] || (t.window && first <= w.position[t.rows - 1] - t.window);
+}
+
 // Runs a tile; leaves o (not yet divided), sum and top in scratch.
 template <class Dot>
 static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
   const int head_dim = t.head_dim;
-  for (int64_t i = 0; i < int64_t(t.rows) * head_dim; i += 16) store(w.o + i, zero());
-  for (int r = 0; r < t.rows; r++) store(w.sum + r * 16, zero()), w.top[r] = NEGATIVE;
+  begin_tile<Dot>(t, w);
   bool loaded[3] = {false, false, false};
   const int64_t elements = 2 * int64_t(ZT_PAGE) * head_dim;
   const int64_t page_bytes = t.int8 ? int8_page_bytes(head_dim) : elements * Dot::STORED_BYTES;
@@ -229,7 +238,6 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
     bool masked[BATCH];
     for (int i = 0; i < count; i++) {
       const int32_t entry = t.entries[e + i];
-      const int64_t first = int64_t(entry >> 2) * ZT_PAGE;
       k_pages[i] = t.pages + int64_t(t.page_table[entry >> 2]) * t.slot_stride;
       if (t.int8 && (entry >> 2) == t.open_page) {
         k_pages[i] = t.open;
@@ -238,7 +246,7 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
         unpack_page<Dot>(k_pages[i], head_dim, to);
         k_pages[i] = (const char*)to;
       }
-      masked[i] = first + ZT_PAGE - 1 > w.position[0] || (t.window && first <= w.position[t.rows - 1] - t.window);
+      masked[i] = is_masked<Dot>(t, w, entry >> 2);
       const int variant = entry & 3;
       if (!loaded[variant]) {
         for (int r = 0; r < t.rows; r++) Dot::load_a(w.q[variant] + int64_t(r) * head_dim, t.q[variant] + r * t.q_stride, head_dim);
@@ -320,82 +328,6 @@ static int attend_typed(const zt_attend_args* a) {
   return ZT_OK;
 }
 
-// One position. Rows of a tile are the query heads that share a KV head and a list, so that a page is read once for all of them. A long
-// list is cut into parts by its length alone (never by the number of threads), and parts are merged in order: deterministic.
-template <class Dot>
-static int decode_typed(const zt_attend_args* a) {
-  const int64_t per_kv = a->q_heads / a->kv_heads;
-  const int64_t group = a->heads_per_list < per_kv ? a->heads_per_list : per_kv;
-  if (per_kv % group || a->heads_per_list % group) return ZT_BAD_ARGUMENT;
-  const int64_t groups = a->q_heads / group;
-  const int head_dim = a->head_dim;
-  // Lists differ in length, and so does the number of their parts: of a short one, parts would cost more than they share.
-  auto parts_of = [&](int64_t g) {
-    const int64_t* offset = a->list_offsets + g * group / a->heads_per_list;
-    const int64_t n = (offset[1] - offset[0] + SPLIT_PAGES - 1) / SPLIT_PAGES;
-    return n < 1 ? int64_t(1) : n > MOST_PARTS ? int64_t(MOST_PARTS) : n;
-  };
-  auto parts_before = [&](int64_t g) {
-    int64_t sum = 0;
-    for (int64_t i = 0; i < g; i++) sum += parts_of(i);
-    return sum;
-  };
-  const int64_t all_parts = parts_before(groups);
-  const int64_t bytes = Scratch<Dot>::bytes(int(group), head_dim, a->kv.dtype == ZT_INT8);
-  const int64_t state = group * (head_dim + 16 + 16);  // o, sum, top (padded) of one part
-  char* memory = (char*)__builtin_malloc(size_t(bytes) * a->num_threads + size_t(all_parts * state) * 4 + 64);
-  if (!memory) return ZT_NO_MEMORY;
-  float* states = (float*)(((uintptr_t)(memory + bytes * a->num_threads) + 63) / 64 * 64);
-#pragma omp parallel num_threads(a->num_threads)
-  {
-    Scratch<Dot> w;
-    w.place(memory + bytes * omp_get_thread_num(), int(group), head_dim);
-    const typename Dot::Thread thread;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < all_parts; item++) {
-      int64_t g = 0, part = item;
-      while (part >= parts_of(g)) part -= parts_of(g++);
-      const int64_t parts = parts_of(g), head = g * group;
-      const int64_t* offset = a->list_offsets + head / a->heads_per_list;
-      const int64_t n = offset[1] - offset[0], begin = n * part / parts, end = n * (part + 1) / parts;
-      Tile<Dot> t = tile_of<Dot>(a, head / per_kv);
-      t.rows = int(group);
-      t.q_stride = a->q_head_stride;
-      for (int v = 0; v < 3; v++) t.q[v] = a->q[v] ? (const typename Dot::Stored*)a->q[v] + head * a->q_head_stride : nullptr;
-      t.entries = a->list_entries + offset[0] + begin;
-      t.num_entries = end - begin;
-      for (int r = 0; r < t.rows; r++) {
-        w.position[r] = a->first_position;
-        w.factor[r] = a->scale * LOG2E * (a->logit_factor ? a->logit_factor[0] : 1.0f);
-      }
-      run_tile<Dot>(t, w);
-      float* to = states + item * state;
-      for (int64_t r = 0; r < group; r++, to += head_dim + 32) {
-        for (int d = 0; d < head_dim; d += 16) store(to + d, load(w.o + r * head_dim + d));
-        store(to + head_dim, load(w.sum + r * 16));
-        to[head_dim + 16] = w.top[r];
-      }
-    }
-#pragma omp for schedule(static)
-    for (int64_t head = 0; head < a->q_heads; head++) {
-      const int64_t g = head / group, parts = parts_of(g);
-      float* first = states + parts_before(g) * state + head % group * (head_dim + 32);
-      for (int64_t part = 1; part < parts; part++) {
-        const float* from = first + part * state;
-        const float top0 = first[head_dim + 16], top1 = from[head_dim + 16], top = top0 > top1 ? top0 : top1;
-        const vec keep = exp2_fine(set1(top0 - top)), gain = exp2_fine(set1(top1 - top));
-        for (int d = 0; d < head_dim + 16; d += 16) store(first + d, fma(load(from + d), gain, mul(load(first + d), keep)));
-        first[head_dim + 16] = top;
-      }
-      finish_row<Dot>(first, first + head_dim, first[head_dim + 16], head_dim,
-                      (typename Dot::Stored*)a->out + head * a->out_head_stride, a->lse ? a->lse + head : nullptr);
-    }
-  }
-  __builtin_free(memory);
-  return ZT_OK;
-}
-
 static int attend(const zt_attend_args* a) { return a->dtype == ZT_BF16 ? attend_typed<Bf16Dot>(a) : attend_typed<F32Dot>(a); }
-static int decode(const zt_attend_args* a) { return a->dtype == ZT_BF16 ? decode_typed<Bf16Dot>(a) : decode_typed<F32Dot>(a); }
 
 }  // namespace

@@ -20,5 +20,12 @@ struct InRegisters {
   typedef FlushDenormals Thread;
 };
 
+// The Dot that multiplies 8-bit codes of pages as they are, for targets that have one beside this Dot; its A is 16-bit integers, and its sums are
+// 32-bit integers in the bits of a vec.
+template <class Dot>
+struct CodesOf {
+  typedef void Type;
+};
+
 }  // namespace
 #endif

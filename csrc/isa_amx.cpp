@@ -108,7 +108,7 @@ struct Bf16Dot : Bf16Elements {
 }  // namespace
 
 #include "quantise.inl"
-#include "attend.inl"
+#include "decode.inl"
 #include "elementwise.inl"
 #include "select.inl"
 #include "linear.inl"

@@ -183,7 +183,7 @@ static inline void store_i8(int8_t* p, vec v) {  // nearest, ties to even; |v| i
 }  // namespace
 
 #include "quantise.inl"
-#include "attend.inl"
+#include "decode.inl"
 #include "elementwise.inl"
 #include "select.inl"
 #include "linear.inl"

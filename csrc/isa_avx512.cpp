@@ -60,7 +60,7 @@ static inline ivec dot4(ivec acc, quads w, inputs4 x) {
 }  // namespace
 
 #include "quantise.inl"
-#include "attend.inl"
+#include "decode.inl"
 #include "elementwise.inl"
 #include "select.inl"
 #include "linear.inl"

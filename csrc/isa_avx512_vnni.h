@@ -16,6 +16,34 @@ struct Bf16Elements {
   static inline vec exp2(vec x) { return exp2_fast(x); }
 };
 
+// Of decode.inl: two products of a 16-bit integer and a code per lane.
+struct CodeDot : InRegisters {
+  typedef int16_t A;
+  typedef __m512i B;
+  typedef __m512i Broadcast;
+  static constexpr int PAIR = 2, STEP_BYTES = 32;
+  static constexpr int ROWS = 6, COLS = 4;
+  static inline B load_b(const char* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+  static inline Broadcast broadcast(const A* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  static inline vec mac(vec acc, Broadcast a, B b) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(b), "v"(a));  // not the intrinsic: as for dot4
+    return acc;
+  }
+  static inline vec sums(const float* p) { return to_float(_mm512_castps_si512(load(p))); }
+  static inline void store_a(A* to, vec v) {  // nearest, ties to even; |v| is at most 32767
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+  }
+};
+struct Bf16Dot;
+template <>
+struct CodesOf<Bf16Dot> {
+  typedef CodeDot Type;
+};
+
 // Integer vocabulary of linear_int8.inl: VPDPBUSD adds four products of unsigned and signed bytes per lane.
 constexpr int QUAD_ROWS = 6, QUAD_COLS = 4, QUAD_OFFSET = 128;  // 24 accumulators, 4 weights, 1 broadcast
 

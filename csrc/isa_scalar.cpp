@@ -123,7 +123,7 @@ struct Bf16Dot : InRegisters {
 
 #include "int8_generic.h"
 #include "quantise.inl"
-#include "attend.inl"
+#include "decode.inl"
 #include "elementwise.inl"
 #include "select.inl"
 #include "linear.inl"

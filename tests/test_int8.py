@@ -114,6 +114,33 @@ def test_attention_is_that_of_what_the_codes_stand_for(
     assert float((row.double() - expected.out[-1:]).abs().max()) <= 2 * BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("window", [None, 1500], ids=["whole", "window"])
+@pytest.mark.parametrize("heads", [2, 14, 32])
+def test_a_token_reads_codes_as_a_prompt_does(isa: str, heads: int, window: int | None) -> None:
+    """Long enough for lists in several parts, three spans, loud channels and values, the last page open and not."""
+    kv_heads, head_dim, span_pages, dtype = 2, 64, 16, torch.bfloat16
+    for length in (4490, 4480):
+        qkv = random_qkv(length, heads, kv_heads, head_dim, dtype)
+        qkv[:, heads : heads + 2, 3] *= 5
+        qkv[1000, heads + 2 :] *= 30
+        num_pages = -(-length // 64)
+        view = make_view(num_pages, kv_heads, head_dim, dtype)
+        q = store(qkv, view, heads=heads)[-1:].contiguous()
+        view = view._replace(stored_tokens=length)
+        queries = (q, (q * 0.5).contiguous(), (q * -1.5).contiguous())
+        factor, last = torch.tensor([1.25]), length - 1
+        lists = blocks.dense_lists(first_position=last, num_rows=1, num_heads=heads, span_pages=span_pages, window=window)
+        assert window or lists.entries.numel() > 2 * 32
+        settings: dict[str, Any] = {"scale": head_dim**-0.5, "window": window, "logit_factor": factor}
+        expected, found = (torch.full_like(q, math.nan) for _ in range(2))
+        expected_lse, found_lse = torch.empty(heads, 1), torch.empty(heads, 1)
+        kernels.attend(queries, view, lists, expected, first_position=last, lse=expected_lse, **settings)
+        kernels.decode(queries, view, lists, found, position=last, lse=found_lse, **settings)
+        bound = 2 * BOUNDS[dtype] * float(expected.float().abs().max().clamp_min(1))
+        assert float((found.float() - expected.float()).abs().max()) <= bound
+        torch.testing.assert_close(found_lse, expected_lse, rtol=1e-3, atol=0.02)  # keys that attend rounds to bf16
+
+
 def test_stored_tokens_must_be_told() -> None:
     qkv = random_qkv(100, 2, 1, 64, torch.float32)
     view = make_view(2, 1, 64, torch.float32)
