@@ -86,6 +86,7 @@ def measurements() -> dict[str, Measurement]:
     for preset, minutes in (("turbo", 10), ("balanced", 15)):
         for text in NAMES:
             add(f"decode_{text}_{preset}", minutes, *decode, "--preset", preset, "--text", text)
+            add(f"decode_int8_{text}_{preset}", minutes, *decode, "--preset", preset, "--text", text, "--kv-dtype", "int8")
     add("serve", 45, "bench", "serve", *preset_of("turbo"))
     store = [*preset_of("turbo"), "--store"]
     add("reuse_128k", 10, "bench", "reuse", "--lengths", "4096,131072", *store, "logs/store_128k")
