@@ -308,7 +308,8 @@ def results_table() -> str:
             "transformers.json",
         ),
     ]
-    timed = dict.fromkeys([name for *_, names in lines if "*" not in names for name in names.split(", ")] + [f"prefill_{name}.json" for name in ("dense", *PRESETS)])
+    records = [name for *_, names in lines if "*" not in names for name in names.split(", ")]
+    timed = dict.fromkeys(records + [f"prefill_{name}.json" for name in ("dense", *PRESETS)])
     machines: dict[str, list[str]] = {}
     for name in timed:
         machine = read_json(ROOT / "results" / name)["machine"]

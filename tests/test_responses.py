@@ -182,3 +182,21 @@ def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, values: d
     with pytest.raises(openai.BadRequestError) as caught:
         respond(client, **values)
     assert (caught.value.param, caught.value.code) == (param, code)
+
+
+@pytest.mark.parametrize("instructions", [None, "Be brief."])
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"role": "wizard", "content": TEXT},
+        {"role": "user", "content": [{"type": "input_file", "file_id": "file-none"}]},
+        {"role": "user", "content": 3},
+    ],
+)
+def test_an_error_names_the_item(client: openai.OpenAI, item: dict[str, Any], instructions: str | None) -> None:
+    call = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
+    result = {"type": "function_call_output", "call_id": "1", "output": "x"}
+    before = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": ""}, call, result]
+    with pytest.raises(openai.APIStatusError, match=r"input\[4\]: ") as caught:
+        respond(client, input=[*before, item], instructions=instructions)
+    assert "messages" not in caught.value.message and caught.value.param == "input"

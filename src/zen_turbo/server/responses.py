@@ -7,9 +7,11 @@ Nothing is stored: ``store`` is accepted, and asking for a response by its id is
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import pydantic
@@ -65,10 +67,15 @@ class ResponsesRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
 
-    def as_chat(self) -> ChatRequest:
+    def as_messages(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The conversation, and where in this body each of its messages is. Raises InvalidRequestError (param input)."""
+        messages, places = ([{"role": "user", "content": self.input}], ["input"]) if isinstance(self.input, str) else messages_of(self.input)
+        if not self.instructions:
+            return messages, places
+        return [{"role": "system", "content": self.instructions}, *messages], ["instructions", *places]
+
+    def as_chat(self, messages: list[dict[str, Any]]) -> ChatRequest:
         """Raises InvalidRequestError and UnsupportedParameterError with this body's names."""
-        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages += [{"role": "user", "content": self.input}] if isinstance(self.input, str) else messages_of(self.input)
         shared = {name: getattr(self, name) for name in GenerationRequest.model_fields}
         more = {
             "messages": messages,
@@ -84,36 +91,54 @@ class ResponsesRequest(GenerationRequest):
         return validated(ChatRequest, {**shared, **more})
 
 
-def messages_of(items: list[Any]) -> list[dict[str, Any]]:
-    """Input items as chat messages; the calls of one turn belong to one message. Raises InvalidRequestError (param input)."""
+def messages_of(items: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Input items as chat messages, and of each message the place of the item that began it; the calls of one turn belong to one message. Raises
+    InvalidRequestError (param input)."""
     messages: list[dict[str, Any]] = []
+    places: list[str] = []
+
+    def add(message: dict[str, Any]) -> None:
+        messages.append(message)
+        places.append(place)
 
     def assistant() -> dict[str, Any]:
         if not messages or messages[-1]["role"] != "assistant":
-            messages.append({"role": "assistant", "content": ""})
+            add({"role": "assistant", "content": ""})
         return messages[-1]
 
     for index, item in enumerate(items):
+        place = f"input[{index}]"
         kind = item.get("type", "message") if isinstance(item, Mapping) else type(item).__name__
         if kind == "message":
             content = item.get("content")
             if messages and messages[-1].get("content") == "" and item.get("role") == messages[-1]["role"] == "assistant":
                 messages[-1]["content"] = content  # thoughts or calls came before it
             else:
-                messages.append({"role": item.get("role"), "content": content})
+                add({"role": item.get("role"), "content": content})
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             assistant().setdefault("tool_calls", []).append({"id": item.get("call_id"), "type": "function", "function": function})
         elif kind == "function_call_output":
-            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+            add({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
         elif kind == "reasoning":
             parts = item.get("content") or []
             thought = "".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
             if thought:
-                messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
+                add({"role": "assistant", "content": "", "reasoning_content": thought})
         else:
-            raise InvalidRequestError(f"input[{index}]: an item of type {str(kind)[:100]!r} is not supported.", param="input")
-    return messages
+            raise InvalidRequestError(f"{place}: an item of type {str(kind)[:100]!r} is not supported.", param="input")
+    return messages, places
+
+
+@contextlib.contextmanager
+def _placed(places: Sequence[str]) -> Iterator[None]:
+    """Errors that count messages leave with the place in this body. A message of several items is at the first of them."""
+    try:
+        yield
+    except ZenTurboError as error:
+        error.message = re.sub(r"^messages\[(\d+)\]", lambda found: places[int(found[1])], error.message)
+        error.args = (error.message,)
+        raise
 
 
 def _response_format(text: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -149,7 +174,9 @@ def install(app: FastAPI, served: ServedModel, expand: Expand) -> None:
     def admit_body(body: bytes, response_id: str) -> tuple[ResponsesRequest, Admitted]:
         asked = parse_generation(ResponsesRequest, body)
         with named(**_NAMES):
-            return asked, admit(served, asked.as_chat(), response_id, expand)
+            messages, places = asked.as_messages()
+            with _placed(places):
+                return asked, admit(served, asked.as_chat(messages), response_id, expand)
 
     answering.post(app, "/v1/responses", answer)
 
