@@ -102,6 +102,10 @@ class Server:
                 return 0
 
     @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
     def rss_bytes(self) -> int:
         return self._facts.memory_info().rss
 
