@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,11 @@ import pytest
 import tiny
 import torch
 import transformers
+from serving import wait_until
 
 from zen_turbo import LLM
+from zen_turbo.engine import memory
+from zen_turbo.engine import service as service_module
 from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.request import Event, Failed, Finished, PrefillProgress, RequestOutput, SamplingParams, TokenDelta
 from zen_turbo.engine.service import EngineService
@@ -411,6 +418,43 @@ def test_the_service_serves_threads(engine: Engine) -> None:
     assert [results[index] for index in range(3)] == alone
     with pytest.raises(RequestCancelledError):
         service.submit([5], GREEDY)
+
+
+def test_freed_memory_goes_back_in_a_pause_and_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = []
+    monkeypatch.setattr(memory, "release_freed", lambda: released.append(service.num_running))
+    monkeypatch.setattr(service_module, "IDLE_S", 0.05)
+    service = EngineService(engine)
+    for _ in range(2):
+        time.sleep(0.3)  # several pauses long
+        before = len(released)
+        *_, last = service.submit(tiny.tokens(60), GREEDY)
+        assert isinstance(last, Finished)
+        wait_until(lambda before=before: len(released) > before)
+        time.sleep(0.3)
+        assert released[before:] == [0]
+    service.close()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_release_is_seen_by_the_system() -> None:
+    """Small pieces, freed but for the last: without help glibc keeps what lies below it."""
+    code = """
+import ctypes, psutil
+from zen_turbo.engine.memory import release_freed
+own, c = psutil.Process(), ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+pieces = [c.malloc(4096) for _ in range(20000)]
+for piece in pieces:
+    ctypes.memset(piece, 1, 4096)
+for piece in pieces[:-1]:
+    c.free(piece)
+before = own.memory_info().rss
+release_freed()
+print(before - own.memory_info().rss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 60 << 20
 
 
 def test_two_threads_must_not_step_one_engine(engine: Engine) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
+from zen_turbo.engine import memory
 from zen_turbo.engine.request import Event, Failed, Finished, SamplingParams
 from zen_turbo.errors import RateLimitExceededError, RequestCancelledError
 
@@ -18,6 +19,7 @@ logger = logging.getLogger("zen_turbo.engine")
 RETRY_AFTER_S = 30  # where nothing is known yet
 # Clients wait for what they are told only up to two minutes; beyond that they fall back to fractions of a second.
 MOST_RETRY_AFTER_S = 120
+IDLE_S = 1.0  # a pause is not the time between two questions of a client that asks without pause
 
 
 class SteppedEngine(Protocol):
@@ -206,13 +208,22 @@ class EngineService:
         self._live.discard(place)
         self._waiting.discard(place)
 
+    def _wait_for_work(self) -> bool:
+        """Blocks until there is some; False: the service ends. Freed memory is handed back once in a pause, when nobody waits for it."""
+
+        def woken() -> bool:
+            return self._end is not None or self.engine.has_work()
+
+        with self._work:
+            if self._work.wait_for(woken, IDLE_S):
+                return self._end is None
+        memory.release_freed()
+        with self._work:
+            self._work.wait_for(woken)
+            return self._end is None
+
     def _run(self) -> None:
-        while True:
-            with self._work:
-                while self._end is None and not self.engine.has_work():
-                    self._work.wait()
-                if self._end is not None:
-                    break
+        while self._wait_for_work():
             try:
                 self.engine.step()
             except Exception as error:
