@@ -249,6 +249,8 @@ def results_table() -> str:
     at_8k = next(row for row in prefill if row["length"] == 8192)
     millions = rows("passkey_turbo_1m_lower_half.json")
     million = next(row for row in millions if not row["cached_tokens"])
+    serve = {row["case"]: row for row in rows("serve.json")}
+    while_reading, load = serve["short_during_long"], serve["load"]
     near = [*rows("passkey_turbo.json"), *rows("passkey_turbo_128k.json")]
     far = rows("marginal_128k_turbo.json")[-1]
     depths = joined([f"{row['depth']:g}" for row in millions])
@@ -274,6 +276,16 @@ def results_table() -> str:
             f"{far['length']:,} tokens of code read with the preset turbo: against dense attention, and over the bf16 linear layers alone",
             f"{far['read_s']:.0f} s, {far['speedup']:.1f}x, {far['floor_ratio']:.2f}x",
             "marginal_128k_turbo.json",
+        ),
+        (
+            f"A short question while {while_reading['long_tokens']:,} tokens are being read: first token, 95th percentile",
+            f"{while_reading['ttft_p95_s']:.1f} s",
+            "serve.json",
+        ),
+        (
+            f"{load['clients']} clients at once for {load['minutes']:g} minutes, some of whom leave: requests; lost, failed, mixed up",
+            f"{load['requests']}; {load['lost']}, {load['errors']}, {load['mixed_up']}",
+            "serve.json",
         ),
         (
             f"Passkey found with the preset turbo in prompts of 4K to {length_text(near[-1]['length'])} tokens, eleven depths",
