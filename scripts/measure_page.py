@@ -2,8 +2,9 @@
 
     .venv/bin/python scripts/measure_page.py --output results/page_novel.json
 
-A server process with the default model, headless Chromium in front of it, the clock in the browser: from the key that sends a question until the
-first words of its answer are drawn. Screenshots of the reading and of the end go beside the record. Needs Chromium.
+A server process with the default model (or one that runs already: --url), headless Chromium in front of it, the clock in the browser: from the
+key that sends a question until the first words of its answer are drawn. Screenshots of the reading and of the end go beside the record. Needs
+Chromium.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -24,20 +24,29 @@ from zen_turbo.bench.serve import Server
 from zen_turbo.cli.ask import DEFAULT_MODEL
 from zen_turbo.config import EngineConfig
 
-QUESTIONS = ("Who is the captain of the ship, and what does he want?", "And who tells the story?")
+QUESTIONS = ("Who is the captain of the ship, and what does he want?", "Which animal is hunted in this story, and what is its name?")
 COLUMNS = ("case", "prompt_tokens", "cached_tokens", "first_words_s", "whole_s", "density", "recall")
 HOURS_MS = 3 * 3600e3
-# Resolves with the seconds from now until the last turn's answer has words; the key is pressed after it began to look.
-WATCH = """() => { const began = performance.now(), turns = document.querySelectorAll('.turn').length;
-  window.firstWords = new Promise(found => { const look = () => { const all = document.querySelectorAll('.turn');
-    const words = all.length > turns && all[all.length - 1].querySelector('.answer')?.textContent.trim();
-    words ? found((performance.now() - began) / 1000) : requestAnimationFrame(look); }; look(); }); }"""
+# Resolves with the seconds from now until the next turn's answer has words, or ended without any; the key is pressed after it began to look.
+WATCH = """() => {
+  const began = performance.now(), turns = document.querySelectorAll('.turn').length;
+  window.firstWords = new Promise(found => {
+    const look = () => {
+      const all = document.querySelectorAll('.turn');
+      const turn = all.length > turns && all[all.length - 1];
+      if (turn && (turn.querySelector('.answer')?.textContent.trim() || turn.dataset.state === 'done')) found((performance.now() - began) / 1000);
+      else requestAnimationFrame(look);
+    };
+    look();
+  });
+}"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="turbo")
     parser.add_argument("--bytes", type=int, default=1_000_000)
+    parser.add_argument("--url", help="of a server that runs already, with that preset")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     check_output(options.output)
@@ -51,12 +60,14 @@ def main() -> None:
     experiment = Experiment("bench", "page", settings=settings, output=options.output)
     config = EngineConfig.from_dict({"attention": "adaptive", "preset": options.preset})
     complaints: list[str] = []
-    with Server(DEFAULT_MODEL, config) as server, sync_playwright() as playwright:
+    with contextlib.ExitStack() as stack:
+        url = options.url or stack.enter_context(Server(DEFAULT_MODEL, config)).url
+        playwright = stack.enter_context(sync_playwright())
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 800})
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
-        page.goto(server.url)
+        page.goto(url)
         began = time.perf_counter()
         page.locator("#files").set_input_files([{"name": "novel.txt", "mimeType": "text/plain", "buffer": novel}])
         expect(page.locator('.document[data-state="ready"]')).to_have_count(1, timeout=600e3)
@@ -87,14 +98,10 @@ def asked(page: Page, question: str, shot: Path | None) -> Row:
     first_words = page.evaluate("() => window.firstWords")
     expect(turn).to_have_attribute("data-state", "done", timeout=HOURS_MS)
     whole = time.perf_counter() - began
-    facts = {term: turn.locator(".facts div", has=page.locator(f"dt:text-is('{term}')")).locator("dd").inner_text() for term in ("Prompt", "Cached")}
-    shares: dict[str, Any] = {}
-    for term in ("Density", "Recall"):
-        text = turn.locator(".facts div", has=page.locator(f"dt:text-is('{term}')")).locator("dd").inner_text()
-        with contextlib.suppress(ValueError):
-            shares[term.lower()] = float(text.replace("\u00a0", " ").split("%")[0]) / 100
+    facts = dict(turn.locator(".facts").evaluate("all => [...all.children].map(one => [...one.children].map(cell => cell.textContent))"))
     counts = {name: int(re.sub(r"\D", "", facts[term].split("(")[0])) for name, term in (("prompt_tokens", "Prompt"), ("cached_tokens", "Cached"))}
-    return {**counts, "first_words_s": first_words, "whole_s": whole, **shares, "answer": turn.locator(".answer").inner_text()}
+    shares = {term.lower(): float(found[0]) / 100 for term in ("Density", "Recall") if (found := re.match(r"[\d.]+", facts.get(term, "")))}
+    return {**counts, "first_words_s": first_words, "whole_s": whole, **shares, "facts": facts, "answer": turn.locator(".answer").inner_text()}
 
 
 if __name__ == "__main__":
