@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from array import array
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from zen_turbo.errors import BinaryDocumentError, DocumentError, DocumentNotFoun
 from zen_turbo.models.loader import load_checkpoint
 from zen_turbo.text.chat_template import ChatTemplate, load_chat_template
 from zen_turbo.text.documents import build_messages, read_documents
+from zen_turbo.text.kept_segments import KeptSegments
 from zen_turbo.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [
@@ -84,6 +87,37 @@ def test_a_long_text_is_encoded_as_a_whole(default_model_path: Path) -> None:
     text = "".join(Path(module.__file__).read_text() for module in (pytest, transformers.generation.utils) if module.__file__)
     assert len(text) > 200_000
     assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+PROSE = ("well", "don't", "x", "3 men", "C++", "naïve", "end.", "\n\n", "\n", "—", "  ", "I'll", "cafe\u0301", "中文", "The", "ship", "10,000", "🚢")
+
+
+@pytest.mark.model
+def test_prose_without_line_ends_is_cut_between_words_and_remembered(default_model_path: Path, small_model_path: Path) -> None:
+    words = random.Random(0)
+    for path in (default_model_path, small_model_path):
+        ours = tokenizer_at(path)
+        text = " ".join(words.choice(PROSE[:7] if place % 5 else PROSE) for place in range(120_000)).replace("\n", " ")
+        segments = ours._segments(text)
+        assert len(text) > 400_000 and max(map(len, segments)) <= 140_000 and "".join(segments) == text
+        whole = ours._plain.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == whole
+        assert ours._kept.characters == len(text)
+        other = "".join(segments[:-1]) + segments[-1][:1000] + " And what does he want?"
+        kept = {segment for segment in ours._segments(other) if ours._kept.get(segment) is not None}
+        assert kept >= set(segments[:-2]), "the beginning of a text is cut the same way, however it ends"
+        assert ours.encode(other) == ours._plain.encode(other, add_special_tokens=False).ids
+
+
+def test_segments_longest_unused_are_forgotten_first() -> None:
+    kept = KeptSegments(most_characters=10)
+    for text in ("aaaa", "bbbb"):
+        kept.put(text, array("i", [1]))
+    assert kept.get("aaaa") == array("i", [1])
+    kept.put("cccc", array("i", [2]))
+    assert (kept.get("bbbb"), kept.get("aaaa"), kept.characters) == (None, array("i", [1]), 8)
+    kept.put("d" * 11, array("i", [3]))
+    assert (kept.get("d" * 11), kept.characters) == (None, 0)
 
 
 @given(st.text(max_size=200))

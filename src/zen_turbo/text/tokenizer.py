@@ -10,6 +10,7 @@ import codecs
 import copy
 import json
 import re
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from zen_turbo.errors import CorruptFileError, UnsupportedModelError
 from zen_turbo.text import pretokenizers
+from zen_turbo.text.kept_segments import KeptSegments
 from zen_turbo.text.tokenizer_source import TokenizerSource
 
 __all__ = ["IncrementalDecoder", "Tokenizer", "TokenizerSource", "load_tokenizer"]
@@ -30,6 +32,8 @@ _COUNTED_TOGETHER = 16
 _APART = "\x02"
 # A line end between two visible ASCII characters: every byte-level pattern breaks there, and neither side's pieces depend on the other.
 _SAFE_BREAK = re.compile(r"(?<=[!-~]\n)(?=[0-9A-Za-z])")
+# And where the tokenizer splits words as nearly all do, before the one space between two of them: prose may have no line ends.
+_SAFE_BREAK_OR_WORDS = re.compile(_SAFE_BREAK.pattern + r"|(?<=[a-z])(?= [a-z])")
 
 
 class Tokenizer:
@@ -49,6 +53,9 @@ class Tokenizer:
         chat_template: str | None,
     ) -> None:
         self._plain = plain
+        self._kept = KeptSegments()
+        words = plain.pre_tokenizer.pre_tokenize_str("ab cd\nef gh") if byte_level and plain.pre_tokenizer is not None else []
+        self._break = _SAFE_BREAK_OR_WORDS if [span for _, span in words] == [(0, 2), (2, 5), (5, 6), (6, 8), (8, 11)] else _SAFE_BREAK
         self._byte_level = byte_level
         self._strip_first_space = strip_first_space
         self.bos_token_id = bos_token_id
@@ -106,10 +113,16 @@ class Tokenizer:
         segments = self._segments(text)
         if len(segments) == 1:
             return self._plain.encode(segments[0], add_special_tokens=False).ids
-        ids: list[int] = []
-        for encoding in self._plain.encode_batch_fast(segments, add_special_tokens=False):
-            ids += encoding.ids
-        return ids
+        known = [self._kept.get(segment) for segment in segments]
+        missing = [segment for segment, ids in zip(segments, known, strict=True) if ids is None]
+        encodings = iter(self._plain.encode_batch_fast(missing, add_special_tokens=False) if missing else ())
+        result: list[int] = []
+        for segment, ids in zip(segments, known, strict=True):
+            if ids is None:
+                ids = array("i", next(encodings).ids)
+                self._kept.put(segment, ids)
+            result += ids
+        return result
 
     def count(self, text: str) -> int:
         """``len(encode(text))`` in memory that does not grow with the text. Where nothing in 128 Ki characters can be cut at without
@@ -128,7 +141,7 @@ class Tokenizer:
             return [text]
         segments, at = [], 0
         while len(text) - at > 2 * _SEGMENT_CHARACTERS:
-            match = _SAFE_BREAK.search(text, at + _SEGMENT_CHARACTERS)
+            match = self._break.search(text, at + _SEGMENT_CHARACTERS)
             if match is None:
                 break
             segments.append(text[at : match.start()])
