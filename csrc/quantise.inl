@@ -7,7 +7,7 @@
 // the bf16 (or f32) page in which it was collected, so a page filled in pieces has the codes of one filled at once.
 //
 // Attention unpacks a page into scratch that stays in cache and runs the same micro-kernels on it: about a tenth of the work of a tile of 64
-// rows. Widened pages are never written to memory.
+// rows. Widened pages are never written to memory. A single token multiplies the codes instead, where the target can (decode.inl).
 #include "kernels.h"
 
 namespace {
