@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/draw_results.py
 
-Left: time to first token by prompt length, dense and with every preset that has records, and llama.cpp on the same machine, with the linear
-floor (what the bf16 linear layers alone need). Beyond the longest prefill: reading times of ``bench marginal``, where dense ones are added up
-from measured chunks. Right: the passkey heat map of the preset turbo.
+Left: time to first token by prompt length, dense and with every preset that has records, and llama.cpp, with the linear floor (what the bf16
+linear layers alone need). Beyond the longest prefill: reading times of ``bench marginal``, where dense ones are added up from measured chunks.
+Times of two processors are not drawn together: what is not of the dense record's is left out. Right: the passkey heat map of the preset turbo.
 """
 
 from __future__ import annotations
@@ -32,11 +32,20 @@ def main() -> None:
     passkey = [heatmap.read_record(path) for name in PASSKEY if (path := RESULTS / f"{name}.json").exists()]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    draw_times(left, peers)
+    draw_times(left, peers if same_machine("llama_cpp") else [])
     rows = [row for record in passkey for row in record["rows"]]
     found = sum(row["correct"] for row in rows)
     heatmap.draw(right, heatmap.grid_of(rows), title=f"Passkey found, preset turbo: {found} of {len(rows)}")
     figure.savefig(ROOT / "docs" / "images" / "results.svg", metadata={"Date": None})
+
+
+def same_machine(name: str) -> bool:
+    """Whether a record is of the processor that the dense times are of."""
+    return machine(name) == machine("prefill_dense")
+
+
+def machine(name: str) -> str:
+    return str(heatmap.read_json(RESULTS / f"{name}.json")["machine"]["cpu"])
 
 
 def points(preset: str | None) -> Points:
@@ -44,9 +53,10 @@ def points(preset: str | None) -> Points:
     name = preset or "dense"
     found = {row["length"]: row["ttft_s"] for row in heatmap.read_json(RESULTS / f"prefill_{name}.json")["rows"]}
     longest = max(found)
-    # Dense times beside a preset whose other layers are those of dense attention.
-    path = RESULTS / f"marginal_128k_{preset or 'balanced'}.json"
-    for row in heatmap.read_json(path)["rows"] if path.exists() else ():
+    # Dense times beside a preset whose other layers are those of dense attention, if there are any; those beside turbo's 8-bit layers are shorter.
+    beside = [name for name in (preset or "balanced", preset or "turbo") if (RESULTS / f"marginal_128k_{name}.json").exists()]
+    beside = [name for name in beside if same_machine(f"marginal_128k_{name}")][:1]
+    for row in heatmap.read_json(RESULTS / f"marginal_128k_{beside[0]}.json")["rows"] if beside else ():
         if row["length"] > longest:
             found[row["length"]] = row["read_s"] if preset else row["dense_read_s"]
     return sorted(found.items())
@@ -58,7 +68,8 @@ def draw_times(axes: Axes, peers: list[dict[str, Any]]) -> None:
     for preset, color in SHADES.items():
         times = points(preset)
         axes.plot(*zip(*times, strict=True), color=color, marker="o", markersize=4, label=f"zen-turbo, {preset}")
-    axes.plot([row["length"] for row in peers], [row["ttft_s"] for row in peers], color=PEER, marker="s", label="llama.cpp, best setting")
+    if peers:
+        axes.plot([row["length"] for row in peers], [row["ttft_s"] for row in peers], color=PEER, marker="s", label="llama.cpp, best setting")
     floor = [(row["length"], row["linear_floor_s"]) for row in heatmap.read_json(RESULTS / "prefill_dense.json")["rows"]]
     per_token = floor[-1][1] / floor[-1][0]
     lengths = [length for length, _ in dense]
@@ -70,7 +81,7 @@ def draw_times(axes: Axes, peers: list[dict[str, Any]]) -> None:
     axes.set_xticks(lengths, [heatmap.length_text(length) for length in lengths])
     axes.set_xlabel("prompt length in tokens")
     axes.set_ylabel("seconds to first token")
-    axes.set_title("Time to first token, Qwen2.5-Coder 0.5B, 2 cores", loc="left", fontsize=10)
+    axes.set_title(f"Time to first token, Qwen2.5-Coder 0.5B, 2 cores, {machine('prefill_dense')}", loc="left", fontsize=9)
     axes.grid(which="major", color="#e4e6ea")
     axes.set_axisbelow(True)
     axes.legend(frameon=False, loc="upper left", fontsize=8)
