@@ -251,6 +251,8 @@ def results_table() -> str:
     million = next(row for row in millions if not row["cached_tokens"])
     serve = {row["case"]: row for row in rows("serve.json")}
     while_reading, load = serve["short_during_long"], serve["load"]
+    page = {row["case"]: row for row in rows("page_novel.json")}
+    megabytes = read_json(ROOT / "results" / "page_novel.json")["settings"]["bytes"] / 1e6
     near = [*rows("passkey_turbo.json"), *rows("passkey_turbo_128k.json")]
     far = rows("marginal_128k_turbo.json")[-1]
     depths = joined([f"{row['depth']:g}" for row in millions])
@@ -281,6 +283,11 @@ def results_table() -> str:
             f"A short question while {while_reading['long_tokens']:,} tokens are being read: first token, 95th percentile",
             f"{while_reading['ttft_p95_s']:.1f} s",
             "serve.json",
+        ),
+        (
+            f"A novel of {megabytes:.0f} MB on the web page, {page['first']['prompt_tokens']:,} tokens: first words of an answer, of the next one",
+            f"{page['first']['first_words_s'] / 60:.0f} min, {page['follow_up']['first_words_s']:.1f} s",
+            "page_novel.json",
         ),
         (
             f"{load['clients']} clients at once for {load['minutes']:g} minutes, some of whom leave: requests; lost, failed, mixed up",
