@@ -1,4 +1,4 @@
-"""What a request needs and what the machine has, known before anything is computed."""
+"""What a request needs and what the machine has, known before anything is computed; and what is handed back to it."""
 
 from __future__ import annotations
 
