@@ -20,18 +20,17 @@ struct CodeScratch {
   float* scale;     // [rows]
   int16_t* a;       // [rows][head_dim, or ZT_PAGE if that is more]: what is multiplied
 
-  static int64_t pad(int64_t n) { return (n + 63) / 64 * 64; }
   static int64_t wide(int head_dim) { return head_dim > ZT_PAGE ? head_dim : ZT_PAGE; }
   static int64_t bytes(int rows, int head_dim) {
-    return rows * (4 * pad(int64_t(head_dim) * 4) + ZT_PAGE * 4 + wide(head_dim) * 2) + pad(rows * 4) + 128;
+    return rows * (4 * int64_t(head_dim) * 4 + ZT_PAGE * 4 + wide(head_dim) * 2) + Scratch<F32Dot>::pad(rows * 4) + 64;
   }
   void place(char* at, int rows, int head_dim) {
-    const int64_t tile = rows * pad(int64_t(head_dim) * 4);
+    const int64_t tile = rows * int64_t(head_dim) * 4;  // whole cache lines
     at = (char*)(((uintptr_t)at + 63) / 64 * 64);
     for (int v = 0; v < 3; v++) q[v] = (float*)at, at += tile;
     products = (float*)at, at += tile;
     p = (float*)at, at += int64_t(rows) * ZT_PAGE * 4;
-    scale = (float*)at, at += pad(rows * 4);
+    scale = (float*)at, at += Scratch<F32Dot>::pad(rows * 4);
     a = (int16_t*)at;
   }
 };
@@ -167,14 +166,9 @@ static int decode_typed(const zt_attend_args* a) {
         w.position[r] = a->first_position;
         w.factor[r] = a->scale * LOG2E * (a->logit_factor ? a->logit_factor[0] : 1.0f);
       }
-      if constexpr (CODES) {
-        if (codes)
-          run_code_tile<Dot>(t, w, code_scratch);
-        else
-          run_tile<Dot>(t, w);
-      } else {
-        run_tile<Dot>(t, w);
-      }
+      if constexpr (CODES)
+        if (codes) run_code_tile<Dot>(t, w, code_scratch);
+      if (!codes) run_tile<Dot>(t, w);
       float* to = states + item * state;
       for (int64_t r = 0; r < group; r++, to += head_dim + 32) {
         for (int d = 0; d < head_dim; d += 16) store(to + d, load(w.o + r * head_dim + d));
