@@ -46,8 +46,9 @@ def measurements() -> dict[str, Measurement]:
     add("passkey_turbo_128k", 35, "eval", "passkey", "--lengths", "131072", "--depths", "11", *preset_of("turbo"))
     for length, label, minutes in ((262144, "256k", 40), (524288, "512k", 90), (1000000, "1m", 220)):
         add(f"passkey_turbo_{label}", minutes, "eval", "passkey", "--lengths", str(length), *grid, *preset_of("turbo"), "--kv-dtype", "int8")
-    lower_half = ["--lengths", "1000000", "--depths", "50,75,100"]
-    add("passkey_turbo_1m_lower_half", 80, "eval", "passkey", *lower_half, *preset_of("turbo"), "--kv-dtype", "int8")
+    for half, depths in (("lower", "50,75,100"), ("upper", "0,25")):
+        halves = ["--lengths", "1000000", "--depths", depths, *preset_of("turbo"), "--kv-dtype", "int8"]
+        add(f"passkey_turbo_1m_{half}_half", 110, "eval", "passkey", *halves)
     add("passkey_balanced", 50, "eval", "passkey", "--lengths", f"{short},131072", *grid, *preset_of("balanced"))
     add("passkey_faithful", 25, "eval", "passkey", "--lengths", short, *grid, *preset_of("faithful"))
     for length, label, questions, minutes in ((32768, "32k", 200, 60), (131072, "128k", 100, 150)):
@@ -87,7 +88,10 @@ def measurements() -> dict[str, Measurement]:
         for text in NAMES:
             add(f"decode_{text}_{preset}", minutes, *decode, "--preset", preset, "--text", text)
             add(f"decode_int8_{text}_{preset}", minutes, *decode, "--preset", preset, "--text", text, "--kv-dtype", "int8")
+    million = ["--contexts", "4096,131072,1000000", "--tokens", "200", "--preset", "turbo", "--text", "code", "--kv-dtype", "int8"]
+    add("decode_1m_code_turbo", 55, "bench", "decode", *million, "--store", "logs/store_decode_1m")
     add("serve", 45, "bench", "serve", *preset_of("turbo"))
+    add("serve_load", 20, "bench", "serve", "--cases", "load", *preset_of("turbo"))
     store = [*preset_of("turbo"), "--store"]
     add("reuse_128k", 10, "bench", "reuse", "--lengths", "4096,131072", *store, "logs/store_128k")
     default = [*preset_of("balanced"), "--store"]

@@ -276,7 +276,7 @@ def test_cache(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     assert json.loads(run("cache", "stats", "--store", folder).out)["segments"] == 0
 
 
-def test_bench_decode(run: Any, tiny_folder: Path) -> None:
+def test_bench_decode(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     arguments = ("bench", "decode", "--model", tiny_folder, "--dense-tokens", "256", "--decode-dense-tokens", "256", "--decode-pages", "4", *ROOM)
     record = run(*arguments, "--contexts", "128,1024", "--tokens", "40").record
     assert record["bench"] == "decode"
@@ -285,7 +285,12 @@ def test_bench_decode(run: Any, tiny_folder: Path) -> None:
     short, long = (row for row in record["rows"] if row["attention"] == "sparse")
     assert short["recall"] is None and short["top1_agreement"] == 1 and short["kl"] == 0, "a short context is read whole"
     assert 0 < long["recall"] < 1 and long["kl"] > 0
+    assert (short["cached_tokens"], long["cached_tokens"]) == (0, 128), "the longer prompt begins with the shorter one"
     expect_record(record)
+    again = ("--contexts", "1024", "--tokens", "40", "--store", tmp_path)
+    cold, warm = (run(*arguments, *again).record["rows"][1] for _ in range(2))
+    assert cold["cached_tokens"] == 0 and warm["cached_tokens"] >= 768, "the second time it comes from the store"
+    assert all(row["kl"] == long["kl"] for row in (cold, warm)), "and nothing else is different"
     expect_mistake(run(*arguments, "--contexts", "100"), "invalid_configuration", "64")
     expect_mistake(run(*arguments, "--contexts", "128", "--attention", "fast"), "invalid_configuration", "dense, sparse, snapkv")
 

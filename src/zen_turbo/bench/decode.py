@@ -1,8 +1,10 @@
 """``zen-turbo bench decode``: time per output token against context length, every page read or the pages that matter.
 
-A real text is read once with the engine's prefill policy. At every context length the text's own next tokens are fed one at a time (teacher
-forcing), once for each way of decoding from the same pages; the last page of the context is computed again as the end of a prompt:
+A real text is read once with the engine's prefill policy, as a prompt of every length; with --store what the store knows of it is not read
+again. At every context length the text's own next tokens are fed one at a time (teacher forcing), once for each way of decoding from the
+same pages; the last page of the context is computed again as the end of a prompt:
 
+    read_s, cached_tokens   what reading the context took, and what of it was known
     tpot_ms          median time of one token, output head included; tpot_ratio: over that of the first context
     recall           attention mass that sparse tokens kept where it was sampled
     top1_agreement, kl   sparse against dense: the same next token said, and mean divergence in nats
@@ -19,7 +21,6 @@ from typing import Any
 import torch
 
 from zen_turbo.attention.decode import DECODERS
-from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.bench import corpora
 from zen_turbo.bench.fidelity import compare
 from zen_turbo.bench.prefill import engine_facts
@@ -29,13 +30,15 @@ from zen_turbo.bench.text import fingerprint, read_tokens
 from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.engine.engine import Engine
 from zen_turbo.engine.memory import peak_rss_bytes
+from zen_turbo.engine.request import SamplingParams
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.llm import LLM
 from zen_turbo.models.decoder import TokenRow
+from zen_turbo.progress import prefill_bar
 
 MODES = ("dense", *DECODERS)
-COLUMNS = ("context", "attention", "tpot_ms", "tpot_ratio", "recall", "top1_agreement", "kl", "peak_rss_gib")
+COLUMNS = ("context", "attention", "read_s", "tpot_ms", "tpot_ratio", "recall", "top1_agreement", "kl", "peak_rss_gib")
 
 
 def run(
@@ -59,52 +62,50 @@ def run(
     source = corpora.path_of(text)
     settings = {"model": model, "contexts": contexts, "attention": list(modes), "tokens": num_tokens, "text": text}
     experiment = Experiment("bench", "decode", settings=settings, output=output)
-    engine = LLM(model, config=EngineConfig.from_dict({**config.to_dict(), "attention": prefill, "decode_attention": "sparse"})).engine
+    llm = LLM(model, config=EngineConfig.from_dict({**config.to_dict(), "attention": prefill, "decode_attention": "sparse"}))
+    engine = llm.engine
     experiment.settings |= engine_facts(engine)
     tokens = read_tokens(engine.tokenizer, contexts[-1] + num_tokens, source)
-    state = engine.new_fidelity(dense_from=len(tokens)) if engine.config.attention != "dense" else None
-    cache = SequenceCache(engine.pool)
     rows: list[Row] = []
-    try:
-        for context in contexts:
-            cache.reserve(context)
-            began = time.perf_counter()
-            for start, end in grid(engine, cache.num_tokens, context):
-                read_chunk(engine, cache, tokens, start, end, fidelity=state)
-                cache.commit(end)
-            experiment.log(f"{context:,} tokens: read on in {time.perf_counter() - began:.0f} s")
-            rows += _at(engine, cache, tokens[: context + num_tokens], modes, state)
-            experiment.log("; ".join(f"{row['attention']} {row['tpot_ms']:.1f} ms" for row in rows[-len(modes) :]))
-    finally:
-        cache.release()
+    for context in contexts:
+        with prefill_bar(f"{context:,} tokens") as on_event:
+            read = llm.generate(tokens[:context], SamplingParams(temperature=0.0, max_tokens=1), on_event=on_event)
+        measured = _at(engine, tokens[: context + num_tokens], context, modes)
+        rows += [{**row, "read_s": read.metrics.ttft_s, "cached_tokens": read.cached_tokens} for row in measured]
+        experiment.log(f"{context:,} tokens: " + "; ".join(f"{row['attention']} {row['tpot_ms']:.1f} ms" for row in measured))
+    engine.close()
     for row in rows:
         first = next(other for other in rows if other["attention"] == row["attention"])
         row["tpot_ratio"] = row["tpot_ms"] / first["tpot_ms"]
     return experiment.finish(rows, columns=COLUMNS, note="Median time of a token; agreement and KL of sparse tokens against dense ones.")
 
 
-def _at(engine: Engine, cache: SequenceCache, tokens: Sequence[int], modes: Sequence[str], fidelity: Fidelity | None) -> list[Row]:
-    """Feed what ``tokens`` has after the cached ones, once per mode. fidelity: of the context's prefill."""
+def _at(engine: Engine, tokens: Sequence[int], context: int, modes: Sequence[str]) -> list[Row]:
+    """Feed what ``tokens`` has after the first ``context`` ones, which the engine has read as a prompt, once per mode."""
     rows: list[Row] = []
     logits: dict[str, torch.Tensor] = {}
-    context = cache.num_tokens
+    known = engine.reuse.find(tokens[:context])
+    fidelity = engine.new_fidelity(dense_from=context) if engine.config.attention != "dense" else None
+    if fidelity is not None:
+        fidelity.resume(known.notes)
     for mode in sorted(modes):  # dense comes first: the others are compared with it
         decode = engine.new_decode(prompt_tokens=context, fidelity=fidelity, policy=mode)
-        child = SequenceCache(engine.pool)
+        cache = SequenceCache(engine.pool)
         times, parts = [], []
         try:
-            child.adopt(cache.slots[:-1])
-            child.reserve(len(tokens))
-            read_chunk(engine, child, tokens, child.num_tokens, context, decode=decode)
-            child.commit(context)
+            cache.adopt(known.slots)
+            cache.reserve(len(tokens))
+            for start, end in grid(engine, cache.num_tokens, context):
+                read_chunk(engine, cache, tokens, start, end, decode=decode)
+                cache.commit(end)
             for position in range(context, len(tokens)):
                 began = time.perf_counter()
-                row = TokenRow(tokens[position], position, child.pages, decode, context)
+                row = TokenRow(tokens[position], position, cache.pages, decode, context)
                 parts.append(engine.decoder.decode_tokens([row]))
                 times.append(time.perf_counter() - began)
-                child.commit(position + 1)
+                cache.commit(position + 1)
         finally:
-            child.release()
+            cache.release()
         logits[mode] = torch.cat(parts)
         difference = compare(logits["dense"], logits[mode]) if mode != "dense" and "dense" in logits else None
         rows.append(

@@ -13,7 +13,7 @@ from zen_turbo.engine.running import Running
 from zen_turbo.errors import InsufficientMemoryError
 from zen_turbo.kv.geometry import pages_for
 from zen_turbo.kv.pool import PagePool
-from zen_turbo.kv.prefix import Chain, PrefixIndex
+from zen_turbo.kv.prefix import Chain, Match, PrefixIndex
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.kv.store import PageStore, StoredPage
 from zen_turbo.models.linear import linear_arithmetic
@@ -77,6 +77,10 @@ class Reuse:
             identity = hashlib.sha256(identity + len(tokens).to_bytes(8)).digest()
         exact_tokens = max(len(tokens) - self._dense_tail, min(len(tokens), self._dense_tokens))
         return Chain(tokens, identity, own_from=exact_tokens // PAGE_TOKENS)
+
+    def find(self, tokens: list[int]) -> Match:
+        """What memory knows of a prompt without its last token, which is always read."""
+        return self.prefixes.find(self.chain(tokens), (len(tokens) - 1) // PAGE_TOKENS, grid_pages=self._grid_pages)
 
     def reserve(self, request: Running) -> bool:
         """Give the request a cache that begins with the longest prefix that is known and has room for all it may need. False and nothing changed
