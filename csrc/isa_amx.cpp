@@ -110,7 +110,7 @@ struct Bf16Dot : Bf16Elements {
 #include "quantise.inl"
 #include "decode.inl"
 #include "elementwise.inl"
-#include "select.inl"
+#include "select_token.inl"
 #include "linear.inl"
 
 extern "C" const zt_kernels zt_amx_kernels = {"amx", attend, decode, store_pages, norm, silu, select_pages, linear};

@@ -185,7 +185,7 @@ static inline void store_i8(int8_t* p, vec v) {  // nearest, ties to even; |v| i
 #include "quantise.inl"
 #include "decode.inl"
 #include "elementwise.inl"
-#include "select.inl"
+#include "select_token.inl"
 #include "linear.inl"
 
 extern "C" const zt_kernels zt_avx2_kernels = {"avx2", attend, decode, store_pages, norm, silu, select_pages, linear};

@@ -62,7 +62,7 @@ static inline ivec dot4(ivec acc, quads w, inputs4 x) {
 #include "quantise.inl"
 #include "decode.inl"
 #include "elementwise.inl"
-#include "select.inl"
+#include "select_token.inl"
 #include "linear.inl"
 
 extern "C" const zt_kernels zt_avx512_kernels = {"avx512", attend, decode, store_pages, norm, silu, select_pages, linear};

@@ -22,7 +22,7 @@ struct Bf16Dot : Bf16Elements, InRegisters {
 #include "quantise.inl"
 #include "decode.inl"
 #include "elementwise.inl"
-#include "select.inl"
+#include "select_token.inl"
 #include "linear.inl"
 
 extern "C" const zt_kernels zt_avx512_bf16_kernels = {"avx512_bf16", attend, decode, store_pages, norm, silu, select_pages, linear};

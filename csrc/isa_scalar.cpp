@@ -125,7 +125,7 @@ struct Bf16Dot : InRegisters {
 #include "quantise.inl"
 #include "decode.inl"
 #include "elementwise.inl"
-#include "select.inl"
+#include "select_token.inl"
 #include "linear.inl"
 
 extern "C" const zt_kernels zt_scalar_kernels = {"scalar", attend, decode, store_pages, norm, silu, select_pages, linear};

@@ -20,9 +20,7 @@
 //
 // Summaries are fp32; they are packed into the layout of a K page (keys are then pages), which makes scoring a matrix product: rows of
 // all heads of a group against the same means. A caller may keep what was packed: a token of an answer then packs one tile and not all of them.
-// Work item = (KV head, query block); one thread does one item.
-//
-// In decode the block is one row, and the heads of a group share one list (per_kv_head), because a page is then read once for all of them.
+// Work item = (KV head, query block); one thread does one item. A token of an answer is another kind of work: select_token.inl.
 #include "kernels.h"
 
 namespace {
@@ -63,94 +61,238 @@ static int keep_forced(int64_t count, Free free, uint64_t* bits, int64_t words) 
   return int(count + 1 - (free.end - free.begin));
 }
 
+// Calls take(page) for the pages of [begin, end) whose energy is of `step` or more, in order or from the last one. Most are not: they are passed
+// sixteen at a time.
+template <bool DOWN, class Take>
+static inline void for_pages_from(const float* energy, int64_t begin, int64_t end, int step, Take take) {
+  const bool skip = step >= 16;  // less are denormal numbers, which may compare as zeros
+  const uint32_t bits = skip ? (uint32_t(step) << 19) - 1 : 0;  // energies are positive: as numbers they are in the order of their bits
+  float below;
+  __builtin_memcpy(&below, &bits, 4);
+  const vec bound = set1(below);
+  const int64_t whole = (end - begin) / 16 * 16, rest = DOWN ? begin : begin + whole;
+  auto one = [&](int64_t page) {
+    if (step_of(energy[page]) >= step) take(page);
+  };
+  for (int64_t at = 0; at < whole; at += 16) {
+    const int64_t first = DOWN ? end - 16 - at : begin + at;
+    if (skip && !any_greater(load(energy + first), bound)) continue;
+    for (int i = 0; i < 16; i++) one(DOWN ? first + 15 - i : first + i);
+  }
+  for (int64_t i = 0, n = end - begin - whole; i < n; i++) one(DOWN ? rest + n - 1 - i : rest + i);
+}
+
+// A step that at least `most` pages of [begin, end) reach: the pages are dealt out to `GROUPS` groups, and so many groups have a largest one in it or above.
+static int step_of_groups(const float* energy, int64_t begin, int64_t end, int64_t most, Step* steps) {
+  constexpr int VECS = 16, GROUPS = VECS * 16;
+  if (most > GROUPS / 2 || end - begin < 4 * GROUPS) return 0;
+  vec largest[VECS];
+  for (int i = 0; i < VECS; i++) largest[i] = zero();
+  int64_t page = begin;
+  for (; page + GROUPS <= end; page += GROUPS)
+    for (int i = 0; i < VECS; i++) largest[i] = max_(largest[i], load(energy + page + 16 * i));
+  alignas(64) float of_group[GROUPS];
+  for (int i = 0; i < VECS; i++) store(of_group + 16 * i, largest[i]);
+  __builtin_memset(steps, 0, NUM_STEPS * sizeof(Step));
+  for (int i = 0; i < GROUPS; i++) steps[step_of(of_group[i])].pages++;
+  int step = NUM_STEPS - 1;
+  for (int64_t found = steps[step].pages; step > 0 && found < most;) found += steps[--step].pages;
+  return step;
+}
+
 // Adds the pages of largest energy until all that is set holds `mass` of the energy of pages [0, count), at most `most`; gives how many.
 // AGAIN: some of the free pages are set already.
 template <bool AGAIN>
 static int keep_by_energy(const float* energy, int64_t count, Free free, float mass, int64_t most, Step* steps, uint64_t* bits) {
   auto open = [bits](int64_t page) { return !AGAIN || !(bits[page / 64] >> (page % 64) & 1); };
-  const double all = sum_of(energy, count);
-  double have = sum_of(energy, free.begin) + sum_of(energy + free.end, count - free.end);  // of what is set
-  if (AGAIN)
-    for (int64_t page = free.begin; page < free.end; page++)
-      if (!open(page)) have += energy[page];
-  double need = mass < 1 ? double(mass) * all - have : 1e30;  // all of the mass is all of the pages, whatever rounding says
+  double need = 1e30;  // all of the mass is all of the pages, whatever rounding says
+  int floor = 0;       // a step below which no page can be needed
+  if (mass < 1) {
+    const double all = sum_of(energy, count);
+    double have = sum_of(energy, free.begin) + sum_of(energy + free.end, count - free.end);  // of what is set
+    for (int64_t word = free.begin / 64; AGAIN && word * 64 < free.end; word++)
+      for (uint64_t rest = bits[word]; rest; rest &= rest - 1) {
+        const int64_t page = word * 64 + __builtin_ctzll(rest);
+        if (page >= free.begin && page < free.end) have += energy[page];
+      }
+    need = double(mass) * all - have;
+    // Pages below this, all of them together, hold no more than may be missing. Half of it, because sums round.
+    floor = step_of(float((1 - double(mass)) * all / double(count) / 2));
+  } else if (!AGAIN) {
+    floor = step_of_groups(energy, free.begin, free.end, most, steps);
+  }
   int64_t room = most;
   if (need <= 0 || room <= 0 || free.begin >= free.end) return 0;
   __builtin_memset(steps, 0, NUM_STEPS * sizeof(Step));
-  for (int64_t page = free.begin; page < free.end; page++) {
-    if (!open(page)) continue;
+  for_pages_from<false>(energy, free.begin, free.end, floor, [&](int64_t page) {
+    if (!open(page)) return;
     Step& step = steps[step_of(energy[page])];
     step.mass += energy[page];
     step.pages++;
-  }
+  });
   // The steps that are needed whole, and for which there is room; then one that is taken in part.
   int last_step = NUM_STEPS - 1, kept = 0;
-  while (last_step > 0 && need - steps[last_step].mass > 0 && room >= steps[last_step].pages) {
+  while (last_step > floor && need - steps[last_step].mass > 0 && room >= steps[last_step].pages) {
     need -= steps[last_step].mass;
     room -= steps[last_step--].pages;
   }
-  for (int64_t page = free.end - 1; page >= free.begin; page--) {
-    const int step = step_of(energy[page]);
-    if (step < last_step || !open(page)) continue;
-    if (step == last_step) {
-      if (need <= 0 || room <= 0) continue;
+  for_pages_from<true>(energy, free.begin, free.end, last_step, [&](int64_t page) {
+    if (!open(page)) return;
+    if (step_of(energy[page]) == last_step) {
+      if (need <= 0 || room <= 0) return;
       room--, need -= energy[page];
     }
     set_page(bits, page), kept++;
-  }
+  });
   return kept;
 }
 
+// Which rotation of a query reads a page.
+struct Spans {
+  int64_t pages, own;  // of a span, 0 without spans; of the query's page
+  int variant_of(int64_t page) const {
+    if (!pages) return 0;
+    const int64_t distance = own - page / pages;
+    return distance > 2 ? 2 : int(distance);
+  }
+};
+
+// Summaries as scoring reads them, by pass (0 means, 1 bounds): where the caller keeps them, or the call's own.
+struct Packed {
+  int passes;
+  int64_t tiles, vec_bytes[2], first_tile[2], head_bytes[2];  // vec: 16 pages; first_tile: the first that is not as it should be
+  char* at[2];
+
+  template <class Dot>
+  static Packed plan(const zt_select_args* a, int64_t tiles) {
+    Packed p = {a->bound_pages ? 2 : 1, tiles, {}, {}, {}, {}};
+    for (int pass = 0; pass < p.passes; pass++) {
+      p.vec_bytes[pass] = int64_t(a->head_dim) * (pass + 1) * Dot::STORED_BYTES * 16;
+      p.first_tile[pass] = a->packed[pass] ? a->valid_tiles[pass] : 0;
+      p.head_bytes[pass] = (a->packed[pass] ? a->packed_tiles[pass] : tiles) * p.vec_bytes[pass];
+      p.at[pass] = (char*)a->packed[pass];
+    }
+    return p;
+  }
+  int64_t own_bytes(int kv_heads) const {
+    int64_t sum = 0;
+    for (int pass = 0; pass < passes; pass++) sum += at[pass] ? 0 : head_bytes[pass] * kv_heads;
+    return sum;
+  }
+  void place(char* own, int kv_heads) {
+    for (int pass = 0; pass < passes; pass++)
+      if (!at[pass]) at[pass] = own, own += head_bytes[pass] * kv_heads;
+  }
+  char* tile(int pass, int64_t h, int64_t page) const { return at[pass] + h * head_bytes[pass] + page / 16 * vec_bytes[pass]; }
+};
+
+// Packs what is not packed yet; by all threads of a parallel region, which go on together. num_pages: up to the last row's, `blocks` of them the rows' own.
 template <class S, class Dot>
-static int select_typed(const zt_select_args* a) {
+static void pack_summaries(const zt_select_args* a, const Packed& packed, int64_t num_pages, int64_t blocks) {
+  const int head_dim = a->head_dim;
+  for (int pass = 0; pass < packed.passes; pass++) {
+    const int64_t missing = packed.tiles - packed.first_tile[pass];
+    const int width = head_dim * (pass + 1);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < missing * a->kv_heads; item++) {
+      alignas(64) typename S::T rounded[512];
+      const int64_t h = item / missing, first = (packed.first_tile[pass] + item % missing) * 16;
+      typename S::T* to = (typename S::T*)packed.tile(pass, h, first);
+      if (first + 16 > num_pages - blocks) __builtin_memset(to, 0, size_t(packed.vec_bytes[pass]));
+      for (int64_t page = first; page < first + 16 && page < num_pages; page++) {
+        if ((page + 1) * ZT_PAGE > a->first_position + a->num_rows) break;  // not full: it has no mean yet, and is nobody's past
+        const float* from = a->summaries + int64_t(a->page_table[page]) * a->summary_slot_stride + h * 3 * head_dim + pass * head_dim;
+        for (int d = 0; d < width; d += 16) S::put(rounded + d, load(from + d));
+        typename S::T* k = to + page % 16 * Dot::PAIR;
+        for (int d = 0; d < width; d += Dot::PAIR)
+          for (int e = 0; e < Dot::PAIR; e++) k[int64_t(d) * 16 + e] = rounded[d + e];
+      }
+    }
+  }
+}
+
+// One row of one head as a pass multiplies it: for bounds its positive part and its negative part, side by side.
+template <class S, class Dot>
+static void load_query(int pass, const typename Dot::Stored* from, int head_dim, typename Dot::A* to) {
+  if (!pass) return Dot::load_a(to, from, head_dim);
+  alignas(64) typename Dot::Stored halves[512];
+  for (int d = 0; d < head_dim; d++) {
+    const bool positive = S::get1(from + d) > 0;
+    halves[d] = positive ? from[d] : typename Dot::Stored(0);
+    halves[head_dim + d] = positive ? typename Dot::Stored(0) : from[d];
+  }
+  Dot::load_a(to, halves, 2 * head_dim);
+}
+
+// Products of the rows q[variant] with pages [begin, end) to scores[row * stride + page - begin]; begin: a multiple of 64. edge: [ROWS][64], to work in.
+template <class Dot>
+static void score_pages(const Packed& packed, int pass, int64_t h, Spans spans, typename Dot::A* const q[3], int rows, int width, int64_t begin,
+                        int64_t end, float* edge, float* scores, int64_t stride) {
+  for (int64_t first = begin; first < end; first += 64) {
+    const char* tile = packed.tile(pass, h, first);
+    const int64_t last = (first + 64 < end ? first + 64 : end) - 1;
+    const int vecs = int((last - first) / 16 + 1);
+    const bool whole = spans.variant_of(first) == spans.variant_of(last);
+    for (int v = spans.variant_of(first); v >= spans.variant_of(last); v--) {
+      float* to = whole ? scores + first - begin : edge;
+      product<Dot, false>(rows, q[v], width, width / Dot::PAIR, &tile, 1, packed.vec_bytes[pass], Dot::STEP_BYTES, vecs, to, whole ? stride : 64);
+      for (int64_t page = first; page <= last && !whole; page++)
+        if (spans.variant_of(page) == v)
+          for (int r = 0; r < rows; r++) scores[r * stride + page - begin] = edge[r * 64 + page - first];
+    }
+  }
+}
+
+// Scores of `count` pages, room for whole vecs of them, to 2^(score * factor - top), top being the largest exponent; gives their sum.
+template <class Dot>
+static inline float exponentials(float* s, int64_t count, float factor, float* top) {
+  const int64_t end = (count + 15) / 16 * 16;
+  for (int64_t page = count; page < end; page++) s[page] = NEGATIVE;
+  vec high = load(s), total = zero();
+  for (int64_t page = 16; page < end; page += 16) high = max_(high, load(s + page));
+  *top = reduce_max(high) * factor;
+  const vec scale = set1(factor), shift = set1(-*top);
+  for (int64_t page = 0; page < end; page += 16) {
+    const vec e = Dot::exp2(fma(load(s + page), scale, shift));
+    total = add(total, e);
+    store(s + page, e);
+  }
+  return reduce_add(total);
+}
+
+// Writes the list of what the energies of `count` pages say (by_bound: or null), as bits.
+static int keep_pages(const zt_select_args* a, int64_t count, const float* by_mean, const float* by_bound, float mass, Step* steps,
+                      uint64_t* bits, int64_t words) {
+  const int64_t first_local = count > a->local_pages ? count - a->local_pages : 0;
+  const Free free = {a->sink_pages < first_local ? a->sink_pages : first_local, first_local};
+  const int kept = keep_forced(count, free, bits, words);
+  if (!by_bound) return kept + keep_by_energy<false>(by_mean, count, free, mass, a->most_pages, steps, bits);
+  const int64_t most = a->bound_pages < a->most_pages ? a->bound_pages : a->most_pages;
+  const int added = keep_by_energy<false>(by_bound, count, free, 1.0f, most, steps, bits);
+  return kept + added + keep_by_energy<true>(by_mean, count, free, mass, a->most_pages - added, steps, bits);
+}
+
+template <class S, class Dot>
+static int select_blocks(const zt_select_args* a) {
   constexpr int ROWS = Dot::ROWS;
   const int head_dim = a->head_dim, group = a->q_heads / a->kv_heads;
   const int64_t blocks = (a->num_rows + ZT_PAGE - 1) / ZT_PAGE, first_block = a->first_position / ZT_PAGE;
   const int64_t num_pages = first_block + blocks, padded = (num_pages + 63) / 64 * 64, words = padded / 64;
-  const int passes = a->bound_pages ? 2 : 1;  // means, bounds
-  const int64_t tiles = padded / 16;
-  int64_t vec_bytes[2], first_tile[2], packed_head[2], own = 0;
-  for (int pass = 0; pass < passes; pass++) {
-    vec_bytes[pass] = int64_t(head_dim) * (pass + 1) * Dot::STORED_BYTES * 16;  // 16 pages
-    first_tile[pass] = a->packed[pass] ? a->valid_tiles[pass] : 0;
-    packed_head[pass] = (a->packed[pass] ? a->packed_tiles[pass] : tiles) * vec_bytes[pass];
-    if (!a->packed[pass]) own += packed_head[pass] * a->kv_heads;
-  }
+  Packed packed = Packed::plan<Dot>(a, padded / 16);
+  const int passes = packed.passes;
   const int rows = group * int(a->sample_rows), row_pad = (rows + ROWS - 1) / ROWS * ROWS;
   const int64_t q_bytes = Scratch<Dot>::pad(int64_t(row_pad) * head_dim * passes * sizeof(typename Dot::A));
   const int64_t scores_bytes = int64_t(ROWS) * padded * 4, edge_bytes = ROWS * 64 * 4;
   const int64_t energy_bytes = int64_t(group) * padded * 4 * passes, row_bytes = Scratch<Dot>::pad(row_pad * 4);
   const int64_t bytes = 3 * q_bytes + scores_bytes + edge_bytes + energy_bytes + row_bytes + NUM_STEPS * int64_t(sizeof(Step)) + 64;
+  const int64_t own = packed.own_bytes(a->kv_heads);
   char* memory = (char*)__builtin_malloc(size_t(own) + size_t(bytes) * a->num_threads + 128);
   if (!memory) return ZT_NO_MEMORY;
   char* aligned = (char*)(((uintptr_t)memory + 63) / 64 * 64);
-  char* packed[2];
-  char* rest = aligned;
-  for (int pass = 0; pass < passes; pass++) {
-    packed[pass] = a->packed[pass] ? (char*)a->packed[pass] : rest;
-    if (!a->packed[pass]) rest += packed_head[pass] * a->kv_heads;
-  }
+  packed.place(aligned, a->kv_heads);
 #pragma omp parallel num_threads(a->num_threads)
   {
-    for (int pass = 0; pass < passes; pass++) {
-      const int64_t missing = tiles - first_tile[pass];
-      const int width = head_dim * (pass + 1);
-#pragma omp for schedule(static)
-      for (int64_t item = 0; item < missing * a->kv_heads; item++) {
-        alignas(64) typename S::T rounded[512];
-        const int64_t h = item / missing, first = (first_tile[pass] + item % missing) * 16;
-        typename S::T* to = (typename S::T*)(packed[pass] + h * packed_head[pass] + first / 16 * vec_bytes[pass]);
-        if (first + 16 > num_pages - blocks) __builtin_memset(to, 0, size_t(vec_bytes[pass]));
-        for (int64_t page = first; page < first + 16 && page < num_pages; page++) {
-          if ((page + 1) * ZT_PAGE > a->first_position + a->num_rows) break;  // not full: it has no mean yet, and is nobody's past
-          const float* from = a->summaries + int64_t(a->page_table[page]) * a->summary_slot_stride + h * 3 * head_dim + pass * head_dim;
-          for (int d = 0; d < width; d += 16) S::put(rounded + d, load(from + d));
-          typename S::T* k = to + page % 16 * Dot::PAIR;
-          for (int d = 0; d < width; d += Dot::PAIR)
-            for (int e = 0; e < Dot::PAIR; e++) k[int64_t(d) * 16 + e] = rounded[d + e];
-        }
-      }
-    }
+    pack_summaries<S, Dot>(a, packed, num_pages, blocks);
     char* at = aligned + own + bytes * omp_get_thread_num();
     at = (char*)(((uintptr_t)at + 63) / 64 * 64);
     typename Dot::A* q[3];
@@ -167,12 +309,7 @@ static int select_typed(const zt_select_args* a) {
       const int64_t count = first_block + block;  // pages that every row sees whole
       const int64_t in_block = a->num_rows - block * ZT_PAGE < ZT_PAGE ? a->num_rows - block * ZT_PAGE : ZT_PAGE;
       const int samples = int(in_block < a->sample_rows ? in_block : a->sample_rows), used = group * samples;
-      const int64_t own_span = a->span_pages ? count / a->span_pages : 0;
-      auto variant_of = [&](int64_t page) -> int {
-        if (!a->span_pages) return 0;
-        const int64_t distance = own_span - page / a->span_pages;
-        return distance > 2 ? 2 : int(distance);
-      };
+      const Spans spans = {a->span_pages, a->span_pages ? count / a->span_pages : 0};
       const int64_t end = (count + 15) / 16 * 16;
       for (int64_t i = 0; i < passes * group * padded; i++) energy[i] = 0;
       for (int pass = 0; pass < passes && count; pass++) {
@@ -180,50 +317,19 @@ static int select_typed(const zt_select_args* a) {
         for (int r = 0; r < used; r++) {
           const int64_t head = h * group + r / samples, row = block * ZT_PAGE + in_block * (r % samples + 1) / samples - 1;
           factor[r] = a->scale * LOG2E * (a->logit_factor ? a->logit_factor[row] : 1.0f);
-          for (int v = 0; v < 3; v++) {
-            if (!a->q[v] || variant_of(0) < v) continue;
-            const typename Dot::Stored* from = (const typename Dot::Stored*)a->q[v] + row * a->q_row_stride + head * a->q_head_stride;
-            alignas(64) typename Dot::Stored halves[512];
-            if (pass)
-              for (int d = 0; d < head_dim; d++) {
-                const float x = S::get1(from + d);
-                halves[d] = x > 0 ? from[d] : typename Dot::Stored(0);
-                halves[head_dim + d] = x > 0 ? typename Dot::Stored(0) : from[d];
-              }
-            Dot::load_a(q[v] + int64_t(r) * width, pass ? halves : from, width);
-          }
+          for (int v = 0; v < 3; v++)
+            if (a->q[v] && v <= spans.variant_of(0))
+              load_query<S, Dot>(pass, (const typename Dot::Stored*)a->q[v] + row * a->q_row_stride + head * a->q_head_stride, head_dim,
+                                 q[v] + int64_t(r) * width);
         }
         const int most_rows = strip_rows<Dot>(used);
         for (int row = 0; row < used; row += most_rows) {
           const int in_strip = used - row < most_rows ? used - row : most_rows;
-          for (int64_t first = 0; first < count; first += 64) {
-            const char* tile = packed[pass] + h * packed_head[pass] + first / 16 * vec_bytes[pass];
-            const int64_t last = (first + 64 < count ? first + 64 : count) - 1;
-            const int vecs = int((last - first) / 16 + 1);
-            for (int v = variant_of(first); v >= variant_of(last); v--) {
-              const bool whole = variant_of(first) == variant_of(last);
-              float* to = whole ? scores + first : edge;
-              product<Dot, false>(in_strip, q[v] + int64_t(row) * width, width, width / Dot::PAIR, &tile, 1, vec_bytes[pass], Dot::STEP_BYTES,
-                                        vecs, to, whole ? padded : 64);
-              if (!whole)
-                for (int64_t page = first; page <= last; page++)
-                  if (variant_of(page) == v)
-                    for (int r = 0; r < in_strip; r++) scores[r * padded + page] = edge[r * 64 + page - first];
-            }
-          }
+          typename Dot::A* const strip[3] = {q[0] + int64_t(row) * width, q[1] + int64_t(row) * width, q[2] + int64_t(row) * width};
+          score_pages<Dot>(packed, pass, h, spans, strip, in_strip, width, 0, count, edge, scores, padded);
           for (int r = 0; r < in_strip; r++) {
-            float* s = scores + r * padded;
-            for (int64_t page = count; page < end; page++) s[page] = NEGATIVE;
-            vec high = load(s);
-            for (int64_t page = 16; page < end; page += 16) high = max_(high, load(s + page));
-            const vec scale = set1(factor[row + r]), shift = set1(-reduce_max(high) * factor[row + r]);
-            vec total = zero();
-            for (int64_t page = 0; page < end; page += 16) {
-              const vec p = Dot::exp2(fma(load(s + page), scale, shift));
-              total = add(total, p);
-              store(s + page, p);
-            }
-            const vec share = set1(1.0f / (reduce_add(total) * float(samples)));
+            float *s = scores + r * padded, top;
+            const vec share = set1(1.0f / (exponentials<Dot>(s, count, factor[row + r], &top) * float(samples)));
             float* e = energy + (pass * group + (row + r) / samples) * padded;
             for (int64_t page = 0; page < end; page += 16) store(e + page, fma(load(s + page), share, load(e + page)));
           }
@@ -236,22 +342,10 @@ static int select_typed(const zt_select_args* a) {
             float* sum = energy + pass * group * padded;
             for (int64_t page = 0; page < end; page += 16) store(sum + page, add(load(sum + page), load(sum + i * padded + page)));
           }
-      const int64_t first_local = count > a->local_pages ? count - a->local_pages : 0;
-      const Free free = {a->sink_pages < first_local ? a->sink_pages : first_local, first_local};
       for (int i = 0; i < lists; i++) {
         const int64_t list = (h * lists + i) * blocks + block;
-        const float mass = a->mass[h * lists + i];
-        const float *by_mean = energy + i * padded, *by_bound = by_mean + group * padded;
-        uint64_t* bits = a->bits + list * words;
-        int kept = keep_forced(count, free, bits, words);
-        if (a->bound_pages) {
-          const int64_t most = a->bound_pages < a->most_pages ? a->bound_pages : a->most_pages;
-          const int added = keep_by_energy<false>(by_bound, count, free, 1.0f, most, steps, bits);
-          kept += added + keep_by_energy<true>(by_mean, count, free, mass, a->most_pages - added, steps, bits);
-        } else {
-          kept += keep_by_energy<false>(by_mean, count, free, mass, a->most_pages, steps, bits);
-        }
-        a->counts[list] = kept;
+        const float *by_mean = energy + i * padded, *by_bound = passes > 1 ? by_mean + group * padded : nullptr;
+        a->counts[list] = keep_pages(a, count, by_mean, by_bound, a->mass[h * lists + i], steps, a->bits + list * words, words);
         for (int pass = 0; pass < passes && a->energies; pass++) {
           const float* from = pass ? by_bound : by_mean;
           float* to = a->energies + (pass * int64_t(a->kv_heads) * lists * blocks + list) * num_pages;
@@ -262,10 +356,6 @@ static int select_typed(const zt_select_args* a) {
   }
   __builtin_free(memory);
   return ZT_OK;
-}
-
-static int select_pages(const zt_select_args* a) {
-  return a->dtype == ZT_BF16 ? select_typed<Bf16Store, Bf16Dot>(a) : select_typed<F32Store, F32Dot>(a);
 }
 
 }  // namespace

@@ -170,6 +170,40 @@ def test_one_row_and_one_list_for_the_heads_of_a_group(isa: str, position: int, 
     assert int(chosen.counts.max()) < 66
 
 
+@dtypes
+@pytest.mark.parametrize(("count", "span"), [(0, None), (512, None), (1300, 100), (2100, 1500)])
+def test_a_token_scores_many_pages_in_parts(isa: str, count: int, span: int | None, dtype: torch.dtype) -> None:
+    """As the same row does that is a query block; and in the same way with any number of threads."""
+    heads, kv_heads, head_dim, position = 14, 2, 64, 64 * count + 5
+    generator = torch.Generator().manual_seed(2)
+    means = torch.randn(count + 1, kv_heads, 1, head_dim, generator=generator)
+    reach = torch.rand(count + 1, kv_heads, 1, head_dim, generator=generator)
+    view = make_view(count + 1, kv_heads, head_dim, dtype)
+    summaries = torch.empty(view.pages.shape[0], kv_heads, 3, head_dim)
+    summaries[view.page_table.long()] = torch.cat((means, means + reach, means - reach), dim=2)
+    view = view._replace(summaries=summaries)
+    queries = tuple((torch.randn(1, heads, head_dim, generator=generator) * 2).to(dtype) for _ in range(3))
+    settings = {"first_position": position, "scale": 0.125, "span_pages": span, "sink_pages": 1, "local_pages": 4, "sample_rows": 1}
+    limits = {"bound_pages": 40, "most_pages": 300}
+
+    def choose(num_threads: int) -> tuple[kernels.PageBits, torch.Tensor]:
+        energies = torch.full((2, kv_heads, 1, count + 1), float("nan"))
+        mass = torch.full((kv_heads,), 0.9)
+        chosen = kernels.select_pages(
+            queries, view, mass, **settings, **limits, energies=energies, per_kv_head=True, num_threads=num_threads
+        )
+        return chosen, energies
+
+    chosen, energies = choose(1)
+    of_heads = torch.empty(2, heads, 1, count + 1)
+    kernels.select_pages(queries, view, torch.ones(heads), **settings, **limits, energies=of_heads)
+    torch.testing.assert_close(energies, of_heads.view(2, kv_heads, -1, 1, count + 1).sum(dim=2), rtol=1e-3, atol=1e-7)
+    check_both(chosen, energies, torch.full((kv_heads,), 0.9), position, bound_pages=40, most=300, sinks=1, local=4)
+    for num_threads in (2, 5):
+        again, same = choose(num_threads)
+        assert torch.equal(again.bits, chosen.bits) and torch.equal(same, energies)
+
+
 def kept_pages(chosen: kernels.PageBits, num_pages: int) -> torch.Tensor:
     """bool [lists, blocks, pages]"""
     bits = (chosen.bits[..., None] >> torch.arange(64)) & 1
