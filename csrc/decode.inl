@@ -15,6 +15,8 @@ constexpr int MOST_PARTS = 64;   // of one list
 // Scratch of one thread that multiplies codes.
 struct CodeScratch {
   float* q[3];      // [rows][head_dim]
+  float* most[3];   // [rows]: the largest size in a row of q
+  float* s;         // [rows][ZT_PAGE]
   float* p;         // [rows][ZT_PAGE]
   float* products;  // [rows][head_dim]: integers in the bits
   float* scale;     // [rows]
@@ -22,12 +24,14 @@ struct CodeScratch {
 
   static int64_t wide(int head_dim) { return head_dim > ZT_PAGE ? head_dim : ZT_PAGE; }
   static int64_t bytes(int rows, int head_dim) {
-    return rows * (4 * int64_t(head_dim) * 4 + ZT_PAGE * 4 + wide(head_dim) * 2) + Scratch<F32Dot>::pad(rows * 4) + 64;
+    return rows * (4 * int64_t(head_dim) * 4 + 2 * ZT_PAGE * 4 + wide(head_dim) * 2) + 4 * Scratch<F32Dot>::pad(rows * 4) + 64;
   }
   void place(char* at, int rows, int head_dim) {
     const int64_t tile = rows * int64_t(head_dim) * 4;  // whole cache lines
     at = (char*)(((uintptr_t)at + 63) / 64 * 64);
     for (int v = 0; v < 3; v++) q[v] = (float*)at, at += tile;
+    for (int v = 0; v < 3; v++) most[v] = (float*)at, at += Scratch<F32Dot>::pad(rows * 4);
+    s = (float*)at, at += int64_t(rows) * ZT_PAGE * 4;
     products = (float*)at, at += tile;
     p = (float*)at, at += int64_t(rows) * ZT_PAGE * 4;
     scale = (float*)at, at += Scratch<F32Dot>::pad(rows * 4);
@@ -35,18 +39,18 @@ struct CodeScratch {
   }
 };
 
-// x[i] * scales[i] to 16-bit integers; gives what one of them stands for.
-template <class Codes>
-static inline float to_integers(const float* x, const float* scales, int count, int16_t* out) {
+static inline float most_of(const float* x, int count) {
   vec most = zero();
-  for (int i = 0; i < count; i += 16) {
-    const vec y = mul(load(x + i), load(scales + i));
-    most = max_(most, max_(y, sub(zero(), y)));
-  }
-  const float largest = reduce_max(most);
-  const vec inverse = set1(largest > 0 ? 32767.0f / largest : 0.0f);
+  for (int i = 0; i < count; i += 16) most = max_(most, max_(load(x + i), sub(zero(), load(x + i))));
+  return reduce_max(most);
+}
+
+// x[i] * scales[i] to 16-bit integers, no product being larger than `most`; gives what one of them stands for.
+template <class Codes>
+static inline float to_integers(const float* x, const float* scales, int count, float most, int16_t* out) {
+  const vec inverse = set1(most > 0 ? 32767.0f / most : 0.0f);
   for (int i = 0; i < count; i += 16) Codes::store_a(out + i, mul(mul(load(x + i), load(scales + i)), inverse));
-  return largest / 32767.0f;
+  return most * (1.0f / 32767.0f);
 }
 
 // One int8 page and all rows of a tile. `next`: the page after it, or null.
@@ -59,14 +63,17 @@ static void code_page(const Tile<Dot>& t, Scratch<Dot>& w, CodeScratch& c, const
   const float* v_scales = k_scales + head_dim;
   const int64_t bytes = int8_page_bytes(head_dim), half = bytes / 128 * 64;
   for (int64_t at = 0; next && at < half; at += 64) __builtin_prefetch(next + at, 0, 2);
+  // By bounds, which cost less than the largest product of each row: a few bits of fifteen.
+  const float most_k = most_of(k_scales, head_dim), most_v = most_of(v_scales, ZT_PAGE);
   for (int row = 0; row < t.rows; row += most_rows) {
     const int rows = t.rows - row < most_rows ? t.rows - row : most_rows;
     for (int r = 0; r < rows; r++)
-      c.scale[r] = to_integers<Codes>(c.q[entry & 3] + int64_t(row + r) * head_dim, k_scales, head_dim, c.a + int64_t(r) * head_dim);
-    product<Codes, false>(rows, c.a, head_dim, head_dim / Codes::PAIR, &page, 1, int64_t(head_dim) * 16, Codes::STEP_BYTES, ZT_PAGE / 16, w.s,
-                          KEYS);
+      c.scale[r] = to_integers<Codes>(c.q[entry & 3] + int64_t(row + r) * head_dim, k_scales, head_dim, c.most[entry & 3][row + r] * most_k,
+                                      c.a + int64_t(r) * head_dim);
+    product<Codes, false>(rows, c.a, head_dim, head_dim / Codes::PAIR, &page, 1, int64_t(head_dim) * 16, Codes::STEP_BYTES, ZT_PAGE / 16, c.s,
+                          ZT_PAGE);
     for (int r = 0; r < rows; r++) {
-      float* s = w.s + r * KEYS;
+      float* s = c.s + r * ZT_PAGE;
       float* p = c.p + int64_t(row + r) * ZT_PAGE;
       for (int k = 0; k < ZT_PAGE; k += 16) store(s + k, mul(Codes::sums(s + k), set1(c.scale[r])));
       if (masked) mask_scores<Dot>(s, entry >> 2, w.position[row + r], t.window);
@@ -77,7 +84,10 @@ static void code_page(const Tile<Dot>& t, Scratch<Dot>& w, CodeScratch& c, const
   for (int64_t at = half; next && at < bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
   for (int row = 0; row < t.rows; row += most_rows) {
     const int rows = t.rows - row < most_rows ? t.rows - row : most_rows;
-    for (int r = 0; r < rows; r++) c.scale[r] = to_integers<Codes>(c.p + int64_t(row + r) * ZT_PAGE, v_scales, ZT_PAGE, c.a + int64_t(r) * ZT_PAGE);
+    for (int r = 0; r < rows; r++) {
+      const float* p = c.p + int64_t(row + r) * ZT_PAGE;
+      c.scale[r] = to_integers<Codes>(p, v_scales, ZT_PAGE, most_of(p, ZT_PAGE) * most_v, c.a + int64_t(r) * ZT_PAGE);
+    }
     product<Codes, false>(rows, c.a, ZT_PAGE, ZT_PAGE / Codes::PAIR, &values, 1, Codes::STEP_BYTES, int64_t(head_dim) * Codes::PAIR,
                           head_dim / 16, c.products, head_dim);
     for (int r = 0; r < rows; r++) {
@@ -105,8 +115,11 @@ static void run_code_tile(const Tile<Dot>& t, Scratch<Dot>& w, CodeScratch& c) {
         strip<Dot>(t, w, row, t.rows - row < most_rows ? t.rows - row : most_rows, &t.open, &entry, &masked, 1);
       continue;
     }
-    for (int r = 0; r < t.rows && !loaded[variant]; r++)
-      for (int d = 0; d < head_dim; d += 16) store(c.q[variant] + int64_t(r) * head_dim + d, load_bf16(t.q[variant] + r * t.q_stride + d));
+    for (int r = 0; r < t.rows && !loaded[variant]; r++) {
+      float* q = c.q[variant] + int64_t(r) * head_dim;
+      for (int d = 0; d < head_dim; d += 16) store(q + d, load_bf16(t.q[variant] + r * t.q_stride + d));
+      c.most[variant][r] = most_of(q, head_dim);
+    }
     loaded[variant] = true;
     code_page<Dot>(t, w, c, page_of(e), entry, masked, e + 1 < t.num_entries ? page_of(e + 1) : nullptr);
   }

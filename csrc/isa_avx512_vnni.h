@@ -22,7 +22,7 @@ struct CodeDot : InRegisters {
   typedef __m512i B;
   typedef __m512i Broadcast;
   static constexpr int PAIR = 2, STEP_BYTES = 32;
-  static constexpr int ROWS = 6, COLS = 4;
+  static constexpr int ROWS = 8, COLS = 3;  // a group of seven or eight heads at once, so that codes are widened once
   static inline B load_b(const char* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
   static inline Broadcast broadcast(const A* p) {
     int32_t pair;

@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #define ZT_PAGE 64
-#define ZT_ABI_VERSION 8
+#define ZT_ABI_VERSION 9
 
 enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1, ZT_INT8 = 2 /* pages only */ };
 enum zt_status { ZT_OK = 0, ZT_BAD_ARGUMENT = 1, ZT_NO_MEMORY = 2 };
@@ -82,7 +82,8 @@ typedef struct {
  * Writes bits[q_heads][blocks][words], words = ceil((first_position / 64 + blocks) / 64), bit p = page p, and how many are set. With
  * per_kv_head lists are [kv_heads] and `mass` too: query heads of a group share one, by the sum of their energies. A single row may be at any
  * position. `bound_pages` pages are chosen by the bound that a page's largest and smallest keys give. Scoring reads means and
- * bounds as it reads keys, 16 pages to a tile; `packed` is where a caller keeps these tiles from call to call: of means, and of bounds. */
+ * bounds as it reads keys, in tiles of 16 pages (select.inl), or with `codes`, for a bf16 row with per_kv_head, as 8-bit codes in tiles of 64 pages
+ * (summary_codes.inl). `packed` is where a caller keeps these tiles from call to call: of means, and of bounds. */
 typedef struct {
   const void* q[3];
   int64_t q_row_stride, q_head_stride; /* elements */
@@ -98,11 +99,11 @@ typedef struct {
   int64_t span_pages, sink_pages, local_pages, most_pages;
   int64_t bound_pages; /* of most_pages; 0: bounds are not looked at */
   int64_t sample_rows; /* 1 to 64 */
-  void* packed[2]; /* [kv_heads][packed_tiles][head_dim * 16] of `dtype`, bounds twice as wide; or null: packed anew */
-  int64_t packed_tiles[2], valid_tiles[2]; /* room for ceil(pages / 64) * 4 at least; how many are as they should be */
+  void* packed[2]; /* [kv_heads][packed_tiles][bytes of a tile], bounds twice as wide; or null: packed anew */
+  int64_t packed_tiles[2], valid_pages[2]; /* room for ceil(pages / 64) * 64 pages at least; how many pages are as they should be */
   int32_t q_heads, kv_heads, head_dim, dtype;
   float scale;
-  int32_t per_kv_head;
+  int32_t per_kv_head, codes;
   int32_t num_threads;
 } zt_select_args;
 

@@ -160,16 +160,16 @@ struct Spans {
 // Summaries as scoring reads them, by pass (0 means, 1 bounds): where the caller keeps them, or the call's own.
 struct Packed {
   int passes;
-  int64_t tiles, vec_bytes[2], first_tile[2], head_bytes[2];  // vec: 16 pages; first_tile: the first that is not as it should be
+  int64_t tile_pages, tiles, tile_bytes[2], first_tile[2], head_bytes[2];  // first_tile: the first that is not as it should be
   char* at[2];
 
-  template <class Dot>
-  static Packed plan(const zt_select_args* a, int64_t tiles) {
-    Packed p = {a->bound_pages ? 2 : 1, tiles, {}, {}, {}, {}};
+  // channel_bytes: of a tile, for one channel.
+  static Packed plan(const zt_select_args* a, int64_t pages, int64_t tile_pages, int64_t channel_bytes) {
+    Packed p = {a->bound_pages ? 2 : 1, tile_pages, pages / tile_pages, {}, {}, {}, {}};
     for (int pass = 0; pass < p.passes; pass++) {
-      p.vec_bytes[pass] = int64_t(a->head_dim) * (pass + 1) * Dot::STORED_BYTES * 16;
-      p.first_tile[pass] = a->packed[pass] ? a->valid_tiles[pass] : 0;
-      p.head_bytes[pass] = (a->packed[pass] ? a->packed_tiles[pass] : tiles) * p.vec_bytes[pass];
+      p.tile_bytes[pass] = channel_bytes * a->head_dim * (pass + 1);
+      p.first_tile[pass] = a->packed[pass] ? a->valid_pages[pass] / tile_pages : 0;
+      p.head_bytes[pass] = (a->packed[pass] ? a->packed_tiles[pass] : p.tiles) * p.tile_bytes[pass];
       p.at[pass] = (char*)a->packed[pass];
     }
     return p;
@@ -183,31 +183,42 @@ struct Packed {
     for (int pass = 0; pass < passes; pass++)
       if (!at[pass]) at[pass] = own, own += head_bytes[pass] * kv_heads;
   }
-  char* tile(int pass, int64_t h, int64_t page) const { return at[pass] + h * head_bytes[pass] + page / 16 * vec_bytes[pass]; }
-};
+  void prefetch(int pass, int64_t h, int64_t page, int64_t pages) const {
+    const char* from = tile(pass, h, page);
+    for (int64_t byte = 0; byte < pages / tile_pages * tile_bytes[pass]; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+  }
+  char* tile(int pass, int64_t h, int64_t page) const { return at[pass] + h * head_bytes[pass] + page / tile_pages * tile_bytes[pass]; }
 
-// Packs what is not packed yet; by all threads of a parallel region, which go on together. num_pages: up to the last row's, `blocks` of them the rows' own.
-template <class S, class Dot>
-static void pack_summaries(const zt_select_args* a, const Packed& packed, int64_t num_pages, int64_t blocks) {
-  const int head_dim = a->head_dim;
-  for (int pass = 0; pass < packed.passes; pass++) {
-    const int64_t missing = packed.tiles - packed.first_tile[pass];
-    const int width = head_dim * (pass + 1);
+  // Calls pack(pass, KV head, first page, tile) for what is not packed yet; by all threads of a parallel region, which go on together.
+  template <class Pack>
+  void fill(int kv_heads, Pack pack) const {
+    for (int pass = 0; pass < passes; pass++) {
+      const int64_t missing = tiles - first_tile[pass];
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < missing * a->kv_heads; item++) {
-      alignas(64) typename S::T rounded[512];
-      const int64_t h = item / missing, first = (packed.first_tile[pass] + item % missing) * 16;
-      typename S::T* to = (typename S::T*)packed.tile(pass, h, first);
-      if (first + 16 > num_pages - blocks) __builtin_memset(to, 0, size_t(packed.vec_bytes[pass]));
-      for (int64_t page = first; page < first + 16 && page < num_pages; page++) {
-        if ((page + 1) * ZT_PAGE > a->first_position + a->num_rows) break;  // not full: it has no mean yet, and is nobody's past
-        const float* from = a->summaries + int64_t(a->page_table[page]) * a->summary_slot_stride + h * 3 * head_dim + pass * head_dim;
-        for (int d = 0; d < width; d += 16) S::put(rounded + d, load(from + d));
-        typename S::T* k = to + page % 16 * Dot::PAIR;
-        for (int d = 0; d < width; d += Dot::PAIR)
-          for (int e = 0; e < Dot::PAIR; e++) k[int64_t(d) * 16 + e] = rounded[d + e];
+      for (int64_t item = 0; item < missing * kv_heads; item++) {
+        const int64_t h = item / missing, first = (first_tile[pass] + item % missing) * tile_pages;
+        pack(pass, h, first, tile(pass, h, first));
       }
     }
+  }
+};
+
+static inline const float* summary_of(const zt_select_args* a, int64_t page, int64_t h, int pass) {
+  return a->summaries + int64_t(a->page_table[page]) * a->summary_slot_stride + (h * 3 + pass) * a->head_dim;
+}
+
+// Sixteen pages as sixteen keys of a K page. count: pages that are full; others are zeros.
+template <class S, class Dot>
+static void pack_tile(const zt_select_args* a, int pass, int64_t h, int64_t first, int64_t count, char* tile) {
+  alignas(64) typename S::T rounded[512];
+  const int width = a->head_dim * (pass + 1);
+  if (first + 16 > count) __builtin_memset(tile, 0, size_t(width) * 16 * sizeof(typename S::T));
+  for (int64_t page = first; page < first + 16 && page < count; page++) {
+    const float* from = summary_of(a, page, h, pass);
+    for (int d = 0; d < width; d += 16) S::put(rounded + d, load(from + d));
+    typename S::T* k = (typename S::T*)tile + page % 16 * Dot::PAIR;
+    for (int d = 0; d < width; d += Dot::PAIR)
+      for (int e = 0; e < Dot::PAIR; e++) k[int64_t(d) * 16 + e] = rounded[d + e];
   }
 }
 
@@ -224,23 +235,28 @@ static void load_query(int pass, const typename Dot::Stored* from, int head_dim,
   Dot::load_a(to, halves, 2 * head_dim);
 }
 
-// Products of the rows q[variant] with pages [begin, end) to scores[row * stride + page - begin]; begin: a multiple of 64. edge: [ROWS][64], to work in.
-template <class Dot>
-static void score_pages(const Packed& packed, int pass, int64_t h, Spans spans, typename Dot::A* const q[3], int rows, int width, int64_t begin,
-                        int64_t end, float* edge, float* scores, int64_t stride) {
+// Scores of rows for pages [begin, end), to scores[row * stride + page - begin]; begin: a multiple of 64. multiply(variant, first, vecs, to, stride) gives
+// those of 16 * vecs pages, at most 64, in one rotation. edge: [ROWS][64], to work in.
+template <class Multiply>
+static void score_pages(Spans spans, int rows, int64_t begin, int64_t end, float* edge, float* scores, int64_t stride, Multiply multiply) {
   for (int64_t first = begin; first < end; first += 64) {
-    const char* tile = packed.tile(pass, h, first);
     const int64_t last = (first + 64 < end ? first + 64 : end) - 1;
     const int vecs = int((last - first) / 16 + 1);
     const bool whole = spans.variant_of(first) == spans.variant_of(last);
     for (int v = spans.variant_of(first); v >= spans.variant_of(last); v--) {
-      float* to = whole ? scores + first - begin : edge;
-      product<Dot, false>(rows, q[v], width, width / Dot::PAIR, &tile, 1, packed.vec_bytes[pass], Dot::STEP_BYTES, vecs, to, whole ? stride : 64);
+      multiply(v, first, vecs, whole ? scores + first - begin : edge, whole ? stride : 64);
       for (int64_t page = first; page <= last && !whole; page++)
         if (spans.variant_of(page) == v)
           for (int r = 0; r < rows; r++) scores[r * stride + page - begin] = edge[r * 64 + page - first];
     }
   }
+}
+
+template <class Dot>
+static inline void multiply_tiles(const Packed& packed, int pass, int64_t h, int64_t first, int vecs, const typename Dot::A* q, int rows, int width,
+                                  float* to, int64_t stride) {
+  const char* tile = packed.tile(pass, h, first);
+  product<Dot, false>(rows, q, width, width / Dot::PAIR, &tile, 1, packed.tile_bytes[pass], Dot::STEP_BYTES, vecs, to, stride);
 }
 
 // Scores of `count` pages, room for whole vecs of them, to 2^(score * factor - top), top being the largest exponent; gives their sum.
@@ -278,7 +294,8 @@ static int select_blocks(const zt_select_args* a) {
   const int head_dim = a->head_dim, group = a->q_heads / a->kv_heads;
   const int64_t blocks = (a->num_rows + ZT_PAGE - 1) / ZT_PAGE, first_block = a->first_position / ZT_PAGE;
   const int64_t num_pages = first_block + blocks, padded = (num_pages + 63) / 64 * 64, words = padded / 64;
-  Packed packed = Packed::plan<Dot>(a, padded / 16);
+  const int64_t full_pages = (a->first_position + a->num_rows) / ZT_PAGE;  // the others have no summary yet, and are nobody's past
+  Packed packed = Packed::plan(a, padded, 16, 16 * Dot::STORED_BYTES);
   const int passes = packed.passes;
   const int rows = group * int(a->sample_rows), row_pad = (rows + ROWS - 1) / ROWS * ROWS;
   const int64_t q_bytes = Scratch<Dot>::pad(int64_t(row_pad) * head_dim * passes * sizeof(typename Dot::A));
@@ -292,7 +309,7 @@ static int select_blocks(const zt_select_args* a) {
   packed.place(aligned, a->kv_heads);
 #pragma omp parallel num_threads(a->num_threads)
   {
-    pack_summaries<S, Dot>(a, packed, num_pages, blocks);
+    packed.fill(a->kv_heads, [&](int pass, int64_t h, int64_t first, char* tile) { pack_tile<S, Dot>(a, pass, h, first, full_pages, tile); });
     char* at = aligned + own + bytes * omp_get_thread_num();
     at = (char*)(((uintptr_t)at + 63) / 64 * 64);
     typename Dot::A* q[3];
@@ -326,7 +343,9 @@ static int select_blocks(const zt_select_args* a) {
         for (int row = 0; row < used; row += most_rows) {
           const int in_strip = used - row < most_rows ? used - row : most_rows;
           typename Dot::A* const strip[3] = {q[0] + int64_t(row) * width, q[1] + int64_t(row) * width, q[2] + int64_t(row) * width};
-          score_pages<Dot>(packed, pass, h, spans, strip, in_strip, width, 0, count, edge, scores, padded);
+          score_pages(spans, in_strip, 0, count, edge, scores, padded, [&](int v, int64_t first, int vecs, float* to, int64_t stride) {
+            multiply_tiles<Dot>(packed, pass, h, first, vecs, strip[v], in_strip, width, to, stride);
+          });
           for (int r = 0; r < in_strip; r++) {
             float *s = scores + r * padded, top;
             const vec share = set1(1.0f / (exponentials<Dot>(s, count, factor[row + r], &top) * float(samples)));

@@ -4,35 +4,99 @@
 // There is one row and up to a million tokens of summaries, so the work is cut by pages, not by rows: a part's scores become probabilities while they are
 // in the nearest cache, by the part's own maximum, and are weighted when the maxima and sums of all parts are known. Parts are cut by the number of
 // pages alone, never by that of threads: deterministic.
-#include "select.inl"
+#include "summary_codes.inl"
 
 namespace {
 
 constexpr int64_t PART_PAGES = 512;  // scores of seven rows: 14 KB
 
+// Summaries in the dtype of queries, as a chunk's selection reads them.
 template <class S, class Dot>
+struct Tiles {
+  typedef typename Dot::A Query;
+  typedef Dot Product;  // whose rows go together
+  static constexpr int64_t TILE_PAGES = 16, CHANNEL_BYTES = 16 * Dot::STORED_BYTES, EXTRA = 0;
+  static int64_t scratch_bytes(int) { return 0; }
+  static void pack(const zt_select_args* a, int pass, int64_t h, int64_t first, int64_t count, char* tile) {
+    pack_tile<S, Dot>(a, pass, h, first, count, tile);
+  }
+  static void load(int pass, const typename Dot::Stored* from, int head_dim, Query* to) { load_query<S, Dot>(pass, from, head_dim, to); }
+  static void multiply(const Packed& packed, int pass, int64_t h, int64_t first, int vecs, const Query* q, int rows, int width, char*, float* to,
+                       int64_t stride) {
+    multiply_tiles<Dot>(packed, pass, h, first, vecs, q, rows, width, to, stride);
+  }
+};
+
+// Summaries as codes, multiplied as they are where the target can.
+template <class S, class Dot>
+struct Codes {
+  typedef typename CodesOf<Dot>::Type CodeDot;
+  static constexpr bool MULTIPLIED = !__is_same(CodeDot, void);
+  template <bool, class A, class>
+  struct Either {
+    typedef A Type;
+  };
+  template <class A, class B>
+  struct Either<false, A, B> {
+    typedef B Type;
+  };
+  typedef float Query;
+  typedef typename Either<MULTIPLIED, CodeDot, Dot>::Type Product;
+  static constexpr int64_t TILE_PAGES = CODE_TILE_PAGES, CHANNEL_BYTES = CODE_CHANNEL_BYTES, EXTRA = ROW_EXTRA;
+  static int64_t scratch_bytes(int width) {
+    return int64_t(width) * (Product::ROWS * sizeof(typename Product::A) + (MULTIPLIED ? 0 : 16 * Dot::STORED_BYTES));
+  }
+  static void pack(const zt_select_args* a, int pass, int64_t h, int64_t first, int64_t count, char* tile) {
+    pack_codes(a, pass, h, first, count, tile);
+  }
+  static void load(int pass, const typename Dot::Stored* from, int head_dim, Query* to) {
+    for (int d = 0; d < head_dim; d += 16) {
+      const vec x = S::get(from + d), positive = max_(x, zero());
+      store(to + d, pass ? positive : x);
+      if (pass) store(to + head_dim + d, sub(x, positive));
+    }
+    const int width = head_dim * (pass + 1);
+    to[width] = most_of(to, width);
+  }
+  static void multiply(const Packed& packed, int pass, int64_t h, int64_t first, int vecs, const Query* q, int rows, int width, char* scratch,
+                       float* to, int64_t stride) {
+    const char* tile = packed.tile(pass, h, first);
+    if constexpr (MULTIPLIED)
+      multiply_codes<CodeDot>(tile, vecs, q, rows, width, scratch, to, stride);
+    else
+      multiply_widened<S, Dot>(tile, vecs, q, rows, width, scratch, to, stride);
+  }
+};
+
+template <class Summaries, class Dot>
 static int select_token(const zt_select_args* a) {
-  constexpr int ROWS = Dot::ROWS;
+  typedef typename Summaries::Query Query;
+  typedef typename Summaries::Product Product;
+  constexpr int ROWS = Product::ROWS;
   const int head_dim = a->head_dim, group = a->q_heads / a->kv_heads, kv_heads = a->kv_heads;
-  const int row_pad = (group + ROWS - 1) / ROWS * ROWS;
+  const int row_pad = (group + ROWS - 1) / ROWS * ROWS, most_rows = strip_rows<Product>(group);
   const int64_t count = a->first_position / ZT_PAGE, num_pages = count + 1, padded = (num_pages + 63) / 64 * 64, words = padded / 64;
   const int64_t parts = (count + PART_PAGES - 1) / PART_PAGES, part_pad = (parts + 15) / 16 * 16;
-  Packed packed = Packed::plan<Dot>(a, padded / 16);
+  Packed packed = Packed::plan(a, padded, Summaries::TILE_PAGES, Summaries::CHANNEL_BYTES);
+  // Most tokens fill no page.
+  for (int pass = 0; pass < packed.passes; pass++)
+    if (a->packed[pass] && a->valid_pages[pass] == count) packed.first_tile[pass] = packed.tiles;
   const int passes = packed.passes, sets = kv_heads * passes;  // a set: one KV head's rows in one pass
   const Spans spans = {a->span_pages, a->span_pages ? count / a->span_pages : 0};
   const float factor = a->scale * LOG2E * (a->logit_factor ? a->logit_factor[0] : 1.0f);
   // Of all threads: rows as they are multiplied, probabilities, and of each part the maximum, which becomes its weight, and the sum.
   const int64_t own = packed.own_bytes(kv_heads);
-  const int64_t set_q = int64_t(row_pad) * head_dim * 2, q_bytes = Scratch<Dot>::pad(sets * 3 * set_q * sizeof(typename Dot::A));
+  const int64_t set_q = row_pad * (head_dim * 2 + Summaries::EXTRA), q_bytes = Scratch<Dot>::pad(sets * 3 * set_q * sizeof(Query));
   const int64_t set_p = row_pad * parts * PART_PAGES, p_bytes = sets * set_p * 4, part_bytes = sets * row_pad * part_pad * 4;
   const int64_t energy_bytes = sets * padded * 4;
-  // Of each thread: an edge, and the steps of keep_by_energy.
-  const int64_t edge_bytes = ROWS * 64 * 4, bytes = edge_bytes + NUM_STEPS * int64_t(sizeof(Step));
+  // Of each thread: an edge, the steps of keep_by_energy, and what summaries need.
+  const int64_t edge_bytes = ROWS * 64 * 4, steps_bytes = NUM_STEPS * int64_t(sizeof(Step));
+  const int64_t bytes = edge_bytes + steps_bytes + Scratch<Dot>::pad(Summaries::scratch_bytes(head_dim * passes));
   char* memory = (char*)__builtin_malloc(size_t(own + q_bytes + p_bytes + 2 * part_bytes + energy_bytes + bytes * a->num_threads + 64));
   if (!memory) return ZT_NO_MEMORY;
   char* at = (char*)(((uintptr_t)memory + 63) / 64 * 64);
   packed.place(at, kv_heads);
-  typename Dot::A* q = (typename Dot::A*)(at += own);
+  Query* q = (Query*)(at += own);
   float* p = (float*)(at += q_bytes);
   float* tops = (float*)(at += p_bytes);
   float* sums = (float*)(at += part_bytes);
@@ -43,27 +107,30 @@ static int select_token(const zt_select_args* a) {
   {
     float* edge = (float*)(at + bytes * omp_get_thread_num());
     Step* steps = (Step*)((char*)edge + edge_bytes);
+    char* scratch = (char*)steps + steps_bytes;
     const typename Dot::Thread thread;
 #pragma omp for schedule(static) nowait
     for (int64_t item = 0; item < sets * group; item++) {
       const int64_t set = item / group, r = item % group, h = set / passes, pass = set % passes;
       for (int v = 0; v < 3; v++)
         if (a->q[v] && v <= spans.variant_of(0))
-          load_query<S, Dot>(int(pass), (const typename Dot::Stored*)a->q[v] + (h * group + r) * a->q_head_stride, head_dim,
-                             q_of(set, v) + r * head_dim * (pass + 1));
+          Summaries::load(int(pass), (const typename Dot::Stored*)a->q[v] + (h * group + r) * a->q_head_stride, head_dim,
+                          q_of(set, v) + r * (head_dim * (pass + 1) + Summaries::EXTRA));
     }
-    pack_summaries<S, Dot>(a, packed, num_pages, 1);
+    packed.fill(kv_heads, [&](int pass, int64_t h, int64_t first, char* tile) { Summaries::pack(a, pass, h, first, count, tile); });
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < sets * parts; item++) {
       const int64_t set = item % sets, part = item / sets, first = part * PART_PAGES;
       const int64_t end = first + PART_PAGES < count ? first + PART_PAGES : count;
-      const int pass = int(set % passes), width = head_dim * (pass + 1), most_rows = strip_rows<Dot>(group);
+      const int pass = int(set % passes), width = head_dim * (pass + 1);
       float* scores = p + set * set_p + part * row_pad * PART_PAGES;
       for (int row = 0; row < group; row += most_rows) {
-        const int64_t skip = int64_t(row) * width;
-        typename Dot::A* const strip[3] = {q_of(set, 0) + skip, q_of(set, 1) + skip, q_of(set, 2) + skip};
-        score_pages<Dot>(packed, pass, set / passes, spans, strip, group - row < most_rows ? group - row : most_rows, width, first, end, edge,
-                         scores + row * PART_PAGES, PART_PAGES);
+        const int rows = group - row < most_rows ? group - row : most_rows;
+        score_pages(spans, rows, first, end, edge, scores + row * PART_PAGES, PART_PAGES,
+                    [&](int v, int64_t page, int vecs, float* to, int64_t stride) {
+                      if (row == 0 && page + 64 < end) packed.prefetch(pass, set / passes, page + 64, 64);
+                      Summaries::multiply(packed, pass, set / passes, page, vecs, q_of(set, v) + row * (width + Summaries::EXTRA), rows, width, scratch, to, stride);
+                    });
       }
       for (int r = 0; r < group; r++) {
         const int64_t of_row = (set * row_pad + r) * part_pad + part;
@@ -115,7 +182,10 @@ static int select_token(const zt_select_args* a) {
 
 template <class S, class Dot>
 static int select_typed(const zt_select_args* a) {
-  return a->num_rows == 1 && a->per_kv_head ? select_token<S, Dot>(a) : select_blocks<S, Dot>(a);
+  if (a->num_rows != 1 || !a->per_kv_head) return a->codes ? ZT_BAD_ARGUMENT : select_blocks<S, Dot>(a);
+  if (!a->codes) return select_token<Tiles<S, Dot>, Dot>(a);
+  if constexpr (Dot::PAIR == 2) return select_token<Codes<S, Dot>, Dot>(a);
+  return ZT_BAD_ARGUMENT;
 }
 
 static int select_pages(const zt_select_args* a) {

@@ -250,7 +250,8 @@ def results_table() -> str:
     millions = rows("passkey_turbo_1m_lower_half.json")
     million = next(row for row in millions if not row["cached_tokens"])
     serve = {row["case"]: row for row in rows("serve.json")}
-    while_reading, load = serve["short_during_long"], serve["load"]
+    while_reading = serve["short_during_long"]
+    (load,) = rows("serve_load.json")
     page = {row["case"]: row for row in rows("page_novel.json")}
     megabytes = read_json(ROOT / "results" / "page_novel.json")["settings"]["bytes"] / 1e6
     near = [*rows("passkey_turbo.json"), *rows("passkey_turbo_128k.json")]
@@ -290,9 +291,9 @@ def results_table() -> str:
             "page_novel.json",
         ),
         (
-            f"{load['clients']} clients at once for {load['minutes']:g} minutes, some of whom leave: requests; lost, failed, mixed up",
-            f"{load['requests']}; {load['lost']}, {load['errors']}, {load['mixed_up']}",
-            "serve.json",
+            f"{load['clients']} clients at once for {load['minutes']:g} minutes, some of whom leave: requests; lost, failed, mixed up; memory afterwards",
+            f"{load['requests']}; {load['lost']}, {load['errors']}, {load['mixed_up']}; {load['rss_growth_mib']:+.0f} MiB",
+            "serve_load.json",
         ),
         (
             f"Passkey found with the preset turbo in prompts of 4K to {length_text(near[-1]['length'])} tokens, eleven depths",

@@ -8,7 +8,7 @@ from test_kernels import DTYPES, make_view
 
 from zen_turbo import kernels
 from zen_turbo.attention import blocks, reference
-from zen_turbo.kernels import PackedTiles, PageView
+from zen_turbo.kernels import PackedSummaries, PageView
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f32"])
 NO_ANGLES = (None, None, None)
@@ -124,8 +124,8 @@ def test_packed_tiles_are_kept_from_call_to_call(isa: str, head_dim: int, dtype:
     """Chunks, then tokens, then a chunk again with other keys: what is chosen and estimated is what packing anew gives, bit for bit."""
     heads, kv_heads, length = 4, 2, 64 * 70
     view = with_summaries(make_view(length // 64, kv_heads, head_dim, dtype), head_dim)
-    means, bounds = (PackedTiles(length // 64, kv_heads=kv_heads, width=width, dtype=dtype) for width in (head_dim, 2 * head_dim))
-    kept = view._replace(packed_means=means, packed_bounds=bounds)
+    summaries = PackedSummaries(length // 64, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    kept = view._replace(packed=summaries)
     qkv = random_qkv(length, heads, kv_heads, head_dim, dtype)
     other = random_qkv(length, heads, kv_heads, head_dim, dtype, seed=1)
     packed = []
@@ -140,11 +140,11 @@ def test_packed_tiles_are_kept_from_call_to_call(isa: str, head_dim: int, dtype:
             chosen = kernels.select_pages((q, None, None), each, torch.full((heads,), 0.7), **settings, bound_pages=3 * bounds_too)
             found.append((chosen.bits, energies))
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-        packed.append((means.num_valid, bounds.num_valid))
-    assert packed == [(0, 0), (0, 0), (2, 2), (3, 3), (3, 3), (1, 1)]
-    short = view._replace(packed_means=PackedTiles(16, kv_heads=kv_heads, width=head_dim, dtype=dtype))
+        packed.append(tuple(summaries.num_valid))
+    assert packed == [(0,), (10,), (32, 32), (62, 62), (62, 62), (31, 31)]
+    short = view._replace(packed=PackedSummaries(16, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
     q = store(qkv, view, heads=heads)
-    with pytest.raises(ValueError, match="too little room"):
+    with pytest.raises(ValueError, match="room for 64 pages, not 70"):
         kernels.select_pages((q, None, None), short, torch.ones(heads), first_position=0, scale=1.0, span_pages=None, sink_pages=1, local_pages=1)
 
 
@@ -202,6 +202,84 @@ def test_a_token_scores_many_pages_in_parts(isa: str, count: int, span: int | No
     for num_threads in (2, 5):
         again, same = choose(num_threads)
         assert torch.equal(again.bits, chosen.bits) and torch.equal(same, energies)
+
+
+def as_codes(x: torch.Tensor) -> torch.Tensor:
+    """float32 [pages, ...] as csrc/summary_codes.inl keeps it, float64: 64 pages share a middle and a step."""
+    parts = []
+    for part in x.split(64):
+        if not len(part):
+            break
+        most, least = part.amax(dim=0), part.amin(dim=0)
+        middle, step = (most + least) * 0.5, (most - least) / 254
+        codes = ((part - middle) / step.clamp_min(1e-30)).round().clamp(-127, 127)
+        parts.append(middle.double() + step.double() * codes.double())
+    return torch.cat(parts) if parts else x.double()
+
+
+@pytest.mark.parametrize(("count", "span", "head_dim", "group"), [(0, None, 64, 7), (37, None, 80, 1), (600, 100, 64, 7), (1100, 800, 256, 4)])
+def test_a_token_reads_codes(isa: str, count: int, span: int | None, head_dim: int, group: int) -> None:
+    """Energies are those of the summaries as codes have them, and nearly those of the summaries."""
+    kv_heads, position = 2, 64 * count + 63
+    generator = torch.Generator().manual_seed(3)
+    middle = 3 * torch.randn(1, kv_heads, 1, head_dim, generator=generator)  # keys lie far from zero, on one side
+    means = middle + torch.randn(count + 1, kv_heads, 1, head_dim, generator=generator)
+    reach = torch.rand(count + 1, kv_heads, 1, head_dim, generator=generator)
+    view = make_view(count + 1, kv_heads, head_dim, torch.bfloat16)
+    table = view.page_table.long()
+    summaries = torch.empty(view.pages.shape[0], kv_heads, 3, head_dim)
+    summaries[table] = torch.cat((means, means + reach, means - reach), dim=2)
+    view = view._replace(summaries=summaries)
+    queries = tuple((torch.randn(1, kv_heads * group, head_dim, generator=generator) * 10 / head_dim**0.5).bfloat16() for _ in range(3))
+    settings = {"first_position": position, "scale": 0.125, "span_pages": span, "sink_pages": 1, "local_pages": 4, "sample_rows": 1}
+    energies = torch.full((2, kv_heads, 1, count + 1), float("nan"))
+    mass = torch.full((kv_heads,), 0.9)
+    chosen = kernels.select_pages(
+        queries, view, mass, **settings, bound_pages=5, most_pages=50, energies=energies, per_kv_head=True, codes=True
+    )
+    check_both(chosen, energies, mass, position, bound_pages=5, most=50, sinks=1, local=4)
+    for values, tolerance in ((as_codes(summaries[table][:count]), 2e-2), (summaries[table][:count].double(), 2e-1)):
+        mean, largest, smallest = values.unbind(dim=2)  # [pages, kv_heads, head_dim]
+        own = count // span if span else 0
+        for kv_head in range(kv_heads):
+            expected = torch.zeros(2, count, dtype=torch.float64)
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                logits = torch.empty(2, count, dtype=torch.float64)
+                for page in range(count):
+                    q = queries[min(own - page // span, 2) if span else 0][0, head].double()
+                    logits[0, page] = q @ mean[page, kv_head]
+                    logits[1, page] = q.clamp_min(0) @ largest[page, kv_head] + q.clamp_max(0) @ smallest[page, kv_head]
+                expected += (logits * 0.125).softmax(dim=1)
+            torch.testing.assert_close(energies[:, kv_head, 0, :count].double(), expected, rtol=tolerance, atol=1e-6)
+
+
+def test_codes_are_kept_from_token_to_token(isa: str) -> None:
+    """Tokens fill pages; a chunk in between drops them. What is estimated is what packing anew gives, bit for bit."""
+    heads, kv_heads, head_dim, begin = 4, 2, 64, 64 * 127 + 60
+    view = with_summaries(make_view(140, kv_heads, head_dim, torch.bfloat16), head_dim)
+    packed = PackedSummaries(140, kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16)
+    kept = view._replace(packed=packed)
+    qkv = random_qkv(140 * 64, heads, kv_heads, head_dim, torch.bfloat16)
+    store(qkv[:begin], view, heads=heads)
+    settings = {"scale": 0.125, "span_pages": None, "sink_pages": 1, "local_pages": 2, "bound_pages": 3}
+    token = {"per_kv_head": True, "codes": True, "sample_rows": 1}
+    for position in (*range(begin, begin + 10), *range(begin + 64, begin + 70)):
+        q = store(qkv[position : position + 1], kept, heads=heads, first_position=position)
+        found = []
+        for each in (kept, view):
+            energies = torch.empty(2, kv_heads, 1, position // 64 + 1)
+            mass = torch.full((kv_heads,), 0.7)
+            chosen = kernels.select_pages((q, None, None), each, mass, first_position=position, energies=energies, **settings, **token)
+            found.append((chosen.bits, energies))
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        assert packed.codes and packed.num_valid == [position // 64] * 2
+        if position == begin + 9:
+            kernels.select_pages((q, None, None), kept, torch.ones(heads), first_position=position, **settings)
+            assert not packed.codes
+            qkv[begin + 10 : begin + 64, heads:] += 1
+            store(qkv[begin + 10 : begin + 64], kept, heads=heads, first_position=begin + 10)
+    with pytest.raises(ValueError, match="codes are for one bfloat16 row"):
+        kernels.select_pages((q, None, None), view, torch.ones(heads), first_position=position, **settings, codes=True)
 
 
 def kept_pages(chosen: kernels.PageBits, num_pages: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from zen_turbo.errors import KernelError
 
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "scalar")
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 NUM_VARIANTS = 3  # of a query: same span, previous span, older (Dual Chunk Attention)
 
 _pointer = ctypes.c_void_p
@@ -122,13 +122,14 @@ class SelectArgs(ctypes.Structure):
         ("sample_rows", _int64),
         ("packed", _pointer * 2),
         ("packed_tiles", _int64 * 2),
-        ("valid_tiles", _int64 * 2),
+        ("valid_pages", _int64 * 2),
         ("q_heads", _int32),
         ("kv_heads", _int32),
         ("head_dim", _int32),
         ("dtype", _int32),
         ("scale", _float),
         ("per_kv_head", _int32),
+        ("codes", _int32),
         ("num_threads", _int32),
     )
 

@@ -45,6 +45,10 @@ class Chunk:
         return first
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._first.dtype
+
+    @property
     def num_rows(self) -> int:
         return self._first.shape[0]
 
@@ -159,7 +163,7 @@ def dense_lists(*, first_position: int, num_rows: int, num_heads: int, span_page
     query_pages = torch.repeat_interleave(blocks, counts)
     pages = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1] - begins, counts)
     entries = (pages * 4 + variants(pages, query_pages, span_pages)).to(torch.int32)
-    return BlockLists(offsets, entries, num_heads)
+    return BlockLists(offsets, entries, num_heads, int(blocks[-1]))
 
 
 def from_bits(chosen: PageBits, *, first_position: int, num_heads: int, span_pages: int | None) -> BlockLists:
@@ -214,7 +218,7 @@ def largest_by_mass(energy: torch.Tensor, mass: float) -> torch.Tensor:
 
 def choose_by_mass(chunk: Chunk, mass: torch.Tensor, **settings: Any) -> PageBits:
     """The pages of largest estimated mass for each list and query block, natively. mass and settings (sink_pages, local_pages, most_pages,
-    sample_rows, per_kv_head, bound_pages, energies) as for ``kernels.select_pages``."""
+    sample_rows, per_kv_head, bound_pages, codes, energies) as for ``kernels.select_pages``."""
     return kernels.select_pages(
         chunk.queries,
         chunk.kv,

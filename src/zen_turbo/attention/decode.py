@@ -74,6 +74,7 @@ class SparseDecode:
             sample_rows=1,
             per_kv_head=True,
             bound_pages=settings.most_pages // 4,
+            codes=token.dtype == torch.bfloat16,  # fp32 engines are oracles
         )
 
     def _limits_of(self, layer: int, kv_heads: int) -> tuple[torch.Tensor, int]:

@@ -5,7 +5,7 @@ from zen_turbo.kernels.attention import (
     HEAD_DIMS,
     Angles,
     BlockLists,
-    PackedTiles,
+    PackedSummaries,
     PageBits,
     PageView,
     attend,
@@ -14,7 +14,7 @@ from zen_turbo.kernels.attention import (
     page_bytes,
     select_pages,
     store,
-    tiles_for,
+    summary_bytes,
 )
 from zen_turbo.kernels.layers import (
     PackedWeights,
@@ -29,7 +29,7 @@ __all__ = [
     "HEAD_DIMS",
     "Angles",
     "BlockLists",
-    "PackedTiles",
+    "PackedSummaries",
     "PackedWeights",
     "PageBits",
     "PageView",
@@ -44,5 +44,5 @@ __all__ = [
     "select_pages",
     "silu_mul",
     "store",
-    "tiles_for",
+    "summary_bytes",
 ]

@@ -13,21 +13,44 @@ from zen_turbo.kernels.checks import DTYPES, need
 HEAD_DIMS = (64, 80, 96, 128, 256)
 _INT8 = 2
 _TILE_PAGES = 16  # pages whose means lie together, as 16 keys of a page do
+_CODE_TILE_PAGES = 64
 
 
-class PackedTiles:
-    """Summaries of a sequence's pages in one layer, packed as scoring reads them and kept from call to call: tiles of 16 pages, [kv_heads, tiles,
-    16 * width] in the dtype of queries, of which the first ``num_valid`` are as the summaries of their pages say. ``store`` and
-    ``select_pages`` keep that number true. width: head_dim for means, twice that for bounds."""
+class PackedSummaries:
+    """Summaries of a sequence's pages in one layer, packed as scoring reads them and kept from call to call; ``store`` and ``select_pages`` keep
+    ``num_valid`` true.
 
-    def __init__(self, num_pages: int, *, kv_heads: int, width: int, dtype: torch.dtype) -> None:
-        self.tiles = torch.empty((kv_heads, tiles_for(num_pages), _TILE_PAGES * width), dtype=dtype)
-        self.num_valid = 0
+    A chunk scores tiles of 16 pages in the dtype of queries, a token of an answer with ``codes`` tiles of 64 pages, whose channels are 8-bit
+    codes (``csrc/summary_codes.inl``). A prompt comes before its answer, so one kind is kept at a time. ``tiles``: of means, and where they
+    were asked for of bounds, uint8 [kv_heads, tiles, bytes] each; ``num_valid``: how many pages of each are as their summaries say.
+    """
+
+    def __init__(self, num_pages: int, *, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.num_pages = -(-num_pages // _CODE_TILE_PAGES) * _CODE_TILE_PAGES
+        self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
+        self.codes = False
+        self.tiles: list[torch.Tensor] = []
+        self.num_valid: list[int] = []
+
+    @property
+    def tile_pages(self) -> int:
+        return _CODE_TILE_PAGES if self.codes else _TILE_PAGES
+
+    def prepare(self, *, codes: bool, bounds: bool) -> None:
+        """Have tiles of one kind, and drop those of the other."""
+        if codes != self.codes:
+            self.codes, self.tiles, self.num_valid = codes, [], []
+        while len(self.tiles) < 1 + bounds:
+            width, tiles = self.head_dim * (1 + len(self.tiles)), self.num_pages // self.tile_pages
+            size = summary_bytes(self.num_pages, width, self.dtype, codes=codes) // tiles
+            self.tiles.append(torch.empty((self.kv_heads, tiles, size), dtype=torch.uint8))
+            self.num_valid.append(0)
 
 
-def tiles_for(num_pages: int) -> int:
-    """Tiles of packed summaries that so many pages need: whole cache lines of their scores."""
-    return -(-num_pages // 64) * (64 // _TILE_PAGES)
+def summary_bytes(num_pages: int, width: int, dtype: torch.dtype, *, codes: bool = False) -> int:
+    """Bytes of packed summaries of one KV head in one layer; width: channels, head_dim for means and twice that for bounds."""
+    pages = -(-num_pages // _CODE_TILE_PAGES) * _CODE_TILE_PAGES
+    return pages // _CODE_TILE_PAGES * width * (_CODE_TILE_PAGES + 2 * 4) if codes else pages * width * dtype.itemsize
 
 
 class PageView(NamedTuple):
@@ -38,7 +61,7 @@ class PageView(NamedTuple):
     summaries: float32 [num_slots, num_key_value_heads, 3, head_dim], mean, largest and smallest key of each full page, or None: not kept.
     open_page: uint8 [num_key_value_heads, page_bytes(head_dim, dtype)], for int8 pages: where the page that is not full yet is collected in
     the dtype of the queries; None: pages have that dtype themselves. stored_tokens: how many tokens the sequence has stored, which says which
-    page is open (only read with int8 pages). packed_means, packed_bounds: kept for scoring pages; None: packed anew by every call that scores.
+    page is open (only read with int8 pages). packed: kept for scoring pages; None: packed anew by every call that scores.
     """
 
     pages: torch.Tensor
@@ -46,8 +69,7 @@ class PageView(NamedTuple):
     summaries: torch.Tensor | None = None
     open_page: torch.Tensor | None = None
     stored_tokens: int = 0
-    packed_means: PackedTiles | None = None
-    packed_bounds: PackedTiles | None = None
+    packed: PackedSummaries | None = None
 
 
 def page_bytes(head_dim: int, dtype: torch.dtype) -> int:
@@ -61,12 +83,14 @@ class BlockLists(NamedTuple):
     """Key pages that each query block reads (CSR).
 
     offsets: int64 [num_lists * num_blocks + 1]; entries: int32, page * 4 + variant, ascending within a block. List g serves the query
-    heads [g * heads_per_list, (g + 1) * heads_per_list). Variants: 0 same span, 1 previous span, 2 older (Dual Chunk Attention).
+    heads [g * heads_per_list, (g + 1) * heads_per_list). Variants: 0 same span, 1 previous span, 2 older (Dual Chunk Attention). last_page: of
+    all lists, where whoever made them knows it; lists without are looked through before they are read.
     """
 
     offsets: torch.Tensor
     entries: torch.Tensor
     heads_per_list: int
+    last_page: int | None = None
 
 
 class PageBits(NamedTuple):
@@ -142,18 +166,19 @@ def _attend_args(
     first = _queries(queries)
     num_rows, num_heads, head_dim = first.shape
     num_blocks = -(-num_rows // PAGE_TOKENS)
-    offsets, entries, heads_per_list = lists
+    offsets, entries, heads_per_list, last_page = lists
     need(heads_per_list > 0 and num_heads % heads_per_list == 0, "heads_per_list must divide the query heads")
     num_lists = num_heads // heads_per_list
     need(out.shape == first.shape and out.dtype == first.dtype and out.stride(2) == 1, "out must look like the queries")
     need(offsets.dtype == torch.int64 and entries.dtype == torch.int32, "offsets must be int64, entries int32")
     need(offsets.is_contiguous() and entries.is_contiguous(), "offsets and entries must be contiguous")
     need(offsets.numel() == num_lists * num_blocks + 1, f"{num_lists} lists of {num_blocks} blocks need that product + 1 offsets")
-    need(int(offsets[0]) == 0 and int(offsets[-1]) == entries.numel() > 0, "offsets must run from 0 to the number of entries")
     need(num_heads % kv.pages.shape[1] == 0, "num_key_value_heads must divide the query heads")
-    # Entries ascend within a block, so the last one of each block bounds them; blocks of all lists end at offsets[1:].
-    last = int(entries[(offsets[1:] - 1).clamp_min(0)].max()) >> 2
-    need(last < kv.page_table.shape[0], f"a list names page {last} of {kv.page_table.shape[0]}")
+    if last_page is None:
+        need(int(offsets[0]) == 0 and int(offsets[-1]) == entries.numel() > 0, "offsets must run from 0 to the number of entries")
+        # Entries ascend within a block, so the last one of each block bounds them; blocks of all lists end at offsets[1:].
+        last_page = int(entries[(offsets[1:] - 1).clamp_min(0)].max()) >> 2
+    need(last_page < kv.page_table.shape[0], f"a list names page {last_page} of {kv.page_table.shape[0]}")
     need(first_position + num_rows <= kv.page_table.shape[0] * PAGE_TOKENS, "the rows lie beyond the page table")
     need(kv.open_page is None or first_position + num_rows <= kv.stored_tokens, "with int8 pages stored_tokens must cover the rows")
     for tensor, shape in ((logit_factor, (num_rows,)), (lse, (num_heads, num_rows))):
@@ -292,9 +317,8 @@ def store(
             need(weight.dtype == torch.float32 and weight.shape == (head_dim,), f"norm weights must be float32 [{head_dim}]")
     row_stride, head_stride = strides.pop()
     summaries = _summaries(kv, head_dim) if kv.summaries is not None else None
-    for packed in (kv.packed_means, kv.packed_bounds):
-        if packed is not None:
-            packed.num_valid = min(packed.num_valid, first_position // PAGE_TOKENS // _TILE_PAGES)
+    if kv.packed is not None:
+        kv.packed.num_valid = [min(pages, first_position // PAGE_TOKENS) for pages in kv.packed.num_valid]
     args = native.StoreArgs(
         qkv.data_ptr(),
         qkv.stride(0),
@@ -337,6 +361,7 @@ def select_pages(
     energies: torch.Tensor | None = None,
     per_kv_head: bool = False,
     bound_pages: int = 0,
+    codes: bool = False,
     num_threads: int | None = None,
 ) -> PageBits:
     """Choose pages for every query block and head from the summaries of pages; ``csrc/select.inl`` has the rule.
@@ -346,7 +371,8 @@ def select_pages(
     the diagonal; at most ``most_pages`` others. energies: float32 [lists, blocks, pages], filled with the estimates if given. There is a list
     for every head, or with ``per_kv_head`` one for all heads of a group, by the sum of their estimates. bound_pages: so many, of
     ``most_pages``, are chosen first and by the bounds of a page's keys, which show single keys that a mean hides (Quest, arXiv 2406.10774); energies
-    are then two of these, by means and by bounds. Raises ValueError for arguments that do not fit together.
+    are then two of these, by means and by bounds. codes: for a single bfloat16 row with per_kv_head, summaries are read as 8-bit codes.
+    Raises ValueError for arguments that do not fit together.
     Cost: 2 * head_dim * sample_rows FLOP per head, query block and page, with bounds three times that.
     """
     first = _queries(queries)
@@ -365,12 +391,15 @@ def select_pages(
     for tensor, shape in ((logit_factor, (num_rows,)), (energies, (*((2,) if bound_pages else ()), num_lists, num_blocks, num_pages))):
         if tensor is not None:
             need(tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous(), f"expected float32 {shape}")
-    kept = (kv.packed_means, kv.packed_bounds if bound_pages else None)
-    for packed, width in zip(kept, (head_dim, 2 * head_dim), strict=True):
-        if packed is not None:
-            same = packed.tiles.dtype == first.dtype and packed.tiles.shape[2] == _TILE_PAGES * width and packed.tiles.is_contiguous()
-            need(same and len(packed.tiles) == kv.pages.shape[1], "packed tiles must be of the same heads, head_dim and dtype")
-            need(packed.tiles.shape[1] >= tiles_for(num_pages), "packed tiles have too little room")
+    need(not codes or (num_rows == 1 and per_kv_head and first.dtype == torch.bfloat16), "codes are for one bfloat16 row with per_kv_head")
+    tiles: list[torch.Tensor] = []
+    packed = kv.packed
+    if packed is not None:
+        same = packed.dtype == first.dtype and (packed.kv_heads, packed.head_dim) == (kv.pages.shape[1], head_dim)
+        need(same, "packed summaries must be of the same heads, head_dim and dtype")
+        need(packed.num_pages >= num_pages, f"packed summaries have room for {packed.num_pages} pages, not {num_pages}")
+        packed.prepare(codes=codes, bounds=bound_pages > 0)
+        tiles = packed.tiles[: 1 + (bound_pages > 0)]
     bits = torch.empty((num_lists, num_blocks, -(-num_pages // 64)), dtype=torch.int64)
     counts = torch.empty((num_lists, num_blocks), dtype=torch.int32)
     args = native.SelectArgs(
@@ -393,21 +422,22 @@ def select_pages(
         num_pages if most_pages is None else most_pages,
         bound_pages,
         sample_rows,
-        native.pointers(packed.tiles.data_ptr() if packed is not None else None for packed in kept),
-        native.int64s(packed.tiles.shape[1] if packed is not None else 0 for packed in kept),
-        native.int64s(packed.num_valid if packed is not None else 0 for packed in kept),
+        native.pointers([*(each.data_ptr() for each in tiles), None, None][:2]),
+        native.int64s([*(each.shape[1] for each in tiles), 0, 0][:2]),
+        native.int64s([*(packed.num_valid if packed is not None else ()), 0, 0][:2]),
         num_heads,
         kv.pages.shape[1],
         head_dim,
         DTYPES[first.dtype],
         scale,
         per_kv_head,
+        codes,
         num_threads or torch.get_num_threads(),
     )
     native.call("zt_select_pages", args)
-    for packed in kept:
-        if packed is not None:
-            packed.num_valid = max(packed.num_valid, first_position // PAGE_TOKENS // _TILE_PAGES)  # of pages that precede these rows
+    if packed is not None:
+        for number in range(len(tiles)):
+            packed.num_valid[number] = max(packed.num_valid[number], first_position // PAGE_TOKENS)  # of pages that precede these rows
     return PageBits(bits, counts)
 
 
@@ -424,4 +454,4 @@ def list_pages(chosen: PageBits, *, first_block: int, span_pages: int | None, he
         bits.data_ptr(), offsets.data_ptr(), entries.data_ptr(), num_lists, num_blocks, first_block, words, span_pages or 0
     )
     native.call("zt_list_pages", args)
-    return BlockLists(offsets, entries, heads_per_list)
+    return BlockLists(offsets, entries, heads_per_list, first_block + num_blocks - 1)

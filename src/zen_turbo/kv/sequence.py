@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.kernels import PackedTiles, PageView, tiles_for
+from zen_turbo.kernels import PackedSummaries, PageView
 from zen_turbo.kv.geometry import pages_for
 from zen_turbo.kv.pool import PagePool
 
@@ -25,7 +25,7 @@ class SequenceCache:
         self.num_tokens = 0
         self._slots: list[int] = []
         self._table = torch.empty(0, dtype=torch.int32)
-        self._packed: dict[int, tuple[PackedTiles, PackedTiles]] = {}  # by layer: means, bounds
+        self._packed: dict[int, PackedSummaries] = {}  # by layer
         geometry, self._open = pool.geometry, None
         if geometry.int8:
             shape = (geometry.num_layers, geometry.num_key_value_heads, geometry.open_page_bytes)
@@ -43,17 +43,18 @@ class SequenceCache:
     def pages(self, layer: int) -> PageView:
         """``stored_tokens`` are those committed; whoever stores more says so."""
         open_page = None if self._open is None else self._open[layer]
-        return PageView(self.pool.layer(layer), self._table, self.pool.layer_summaries(layer), open_page, self.num_tokens, *self._packed_tiles(layer))
+        summaries, packed = self.pool.layer_summaries(layer), self._packed_summaries(layer)
+        return PageView(self.pool.layer(layer), self._table, summaries, open_page, self.num_tokens, packed)
 
-    def _packed_tiles(self, layer: int) -> tuple[PackedTiles, PackedTiles] | tuple[None, None]:
+    def _packed_summaries(self, layer: int) -> PackedSummaries | None:
         geometry = self.pool.geometry
         if not geometry.summaries:
-            return None, None
+            return None
         packed = self._packed.get(layer)
-        if packed is None or packed[0].tiles.shape[1] < tiles_for(len(self._slots)):
-            heads, head_dim, pages = geometry.num_key_value_heads, geometry.head_dim, len(self._slots)
-            means, bounds = (PackedTiles(pages, kv_heads=heads, width=width, dtype=geometry.dtype) for width in (head_dim, 2 * head_dim))
-            packed = self._packed[layer] = means, bounds
+        if packed is None or packed.num_pages < len(self._slots):
+            packed = self._packed[layer] = PackedSummaries(
+                len(self._slots), kv_heads=geometry.num_key_value_heads, head_dim=geometry.head_dim, dtype=geometry.dtype
+            )
         return packed
 
     def reserve(self, num_tokens: int) -> None:
