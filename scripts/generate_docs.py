@@ -291,7 +291,8 @@ def results_table() -> str:
             "page_novel.json",
         ),
         (
-            f"{load['clients']} clients at once for {load['minutes']:g} minutes, some of whom leave: requests; lost, failed, mixed up; memory afterwards",
+            f"{load['clients']} clients at once for {load['minutes']:g} minutes, some of whom leave: "
+            "requests; lost, failed, mixed up; memory afterwards",
             f"{load['requests']}; {load['lost']}, {load['errors']}, {load['mixed_up']}; {load['rss_growth_mib']:+.0f} MiB",
             "serve_load.json",
         ),
