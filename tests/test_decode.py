@@ -103,6 +103,34 @@ def test_heads_read_what_the_prefill_saw_them_need(tiny_folder: Path, monkeypatc
     assert {count for each in others for count in each} == {1 + 8 + 1}
 
 
+def test_a_choice_serves_the_next_token_of_the_same_page(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers take turns to choose, all of them for the first token and for the first one of a page."""
+    chosen: list[tuple[int, int]] = []
+    read: list[tuple[int, int, list[int]]] = []
+    choose, select = SparseDecode._choose, SparseDecode.select
+
+    def spy_choose(self: SparseDecode, token: Any, layer: int) -> Any:
+        chosen.append((token.first_position, layer))
+        return choose(self, token, layer)
+
+    def spy_select(self: SparseDecode, token: Any, layer: int) -> Any:
+        lists = select(self, token, layer)
+        read.append((token.first_position, layer, lists.entries.tolist()))
+        return lists
+
+    monkeypatch.setattr(SparseDecode, "_choose", spy_choose)
+    monkeypatch.setattr(SparseDecode, "select", spy_select)
+    answer(tiny_folder, decode_attention="sparse", decode_pages=3)
+    layers = sorted({layer for _, layer, _ in read})
+    positions = sorted({position for position, _, _ in read})
+    assert positions == list(range(len(PROMPT), len(PROMPT) + 39)) and 1536 in positions and len(layers) > 1
+    expected = [(p, layer) for p in positions for layer in layers if p in (positions[0], 1536) or (p + layer) % 2 == 0]
+    assert chosen == expected
+    lists = {(position, layer): entries for position, layer, entries in read}
+    assert all(lists[p, layer] == lists[p - 1, layer] for p, layer, _ in read if (p, layer) not in chosen)
+    assert all(entries[-1] >> 2 == p // 64 for (p, _), entries in lists.items()), "the token's own page is always read"
+
+
 def test_every_layer_has_its_turn_to_be_sampled() -> None:
     state = SparseDecode(DecodeSettings(), num_layers=3, prompt_tokens=10)
     turns = [[layer for layer in range(3) if state.samples(position, layer)] for position in range(0, SAMPLE_EVERY * 6)]

@@ -3,8 +3,9 @@
 Two ways, of one shape: sinks, recent pages, and at most ``most_pages`` others for each KV head, because a page is read once for all query heads
 of a group. Up to ``dense_pages`` everything is read.
 
-    SparseDecode   every token scores every page with its own query (``csrc/select.inl``), and takes a quarter of ``most_pages`` by the
+    SparseDecode   a token scores every page with its own query (``csrc/select_token.inl``), and takes a quarter of ``most_pages`` by the
                    bounds of their keys, where a single key may be looked for, and others by their mean keys until these hold ``mass``.
+                   What it chose in a layer serves the next token too, if that is of the same page; layers take turns (``select_every``).
                    After an adaptive prefill a KV head keeps the share that the neediest head of its group was seen to need, and may read
                    ``NEEDY_TIMES`` as many pages for it: a few diffuse heads make most of the difference from dense decode
     SnapDecode     the prompt's last ``OBSERVED_ROWS`` rows choose once, and every token of the answer reads what they looked at (SnapKV,
@@ -37,6 +38,7 @@ class DecodeSettings:
     sink_pages: int = 1
     local_pages: int = 8
     dense_pages: int = 128
+    select_every: int = 2
 
 
 class SparseDecode:
@@ -50,6 +52,7 @@ class SparseDecode:
         self._num_layers = num_layers
         self._fidelity = fidelity
         self._limits: dict[int, tuple[torch.Tensor, int]] = {}  # by layer
+        self._lists: dict[int, tuple[int, BlockLists]] = {}  # by layer: the page of the token that chose them
         self._recalls: list[torch.Tensor] = []  # [heads] each
 
     def is_sparse(self, position: int) -> bool:
@@ -61,6 +64,14 @@ class SparseDecode:
 
     def select(self, token: Chunk, layer: int) -> BlockLists:
         """The pages that ``token``, a chunk of one row at any position, reads: one list per KV head."""
+        settings, position = self.settings, token.first_position
+        chosen_at, lists = self._lists.get(layer, (-1, None))
+        if lists is None or (position + layer) % settings.select_every == 0 or chosen_at != position // PAGE_TOKENS:
+            lists = self._choose(token, layer)
+            self._lists[layer] = position // PAGE_TOKENS, lists
+        return lists
+
+    def _choose(self, token: Chunk, layer: int) -> BlockLists:
         settings = self.settings
         if layer not in self._limits:
             self._limits[layer] = self._limits_of(layer, token.kv.pages.shape[1])
