@@ -2,9 +2,9 @@
 // of a list. Same micro-kernels as attend.inl.
 //
 // int8 pages are multiplied as the bytes they are, for a token reads a page once, and widening it for seven rows costs as much as reading it from
-// memory. The scales of keys, one per channel, go into the query, and those of values, one per token, into the probabilities; either is then rounded to 15
-// bits and a sign, with one scale for each row and page, which is finer than bf16, and products are added in 32-bit integers: at most
-// 256 * 32767 * 127, they fit.
+// memory. The scales of keys, one per channel, go into the query, and those of values, one per token, into the probabilities; either is then rounded to
+// 16-bit integers, with one scale for each row and page that a bound on its products gives, and products are added in 32-bit integers: at most
+// 256 * 32767 * 127, they fit. Rounding is finer than that of bf16, which the other way would round to.
 #include "attend.inl"
 
 namespace {
