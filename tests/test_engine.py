@@ -436,6 +436,19 @@ def test_freed_memory_goes_back_in_a_pause_and_once(engine: Engine, monkeypatch:
     service.close()
 
 
+def test_a_service_leaves_the_work_of_others_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "IDLE_S", 0.05)
+    service = EngineService(engine)
+    events: list[Event] = []
+    engine.submit(tiny.tokens(60), GREEDY, on_event=events.append)
+    time.sleep(0.5)  # it looked up after its pause, and is none the wiser
+    assert not events and engine.has_work()
+    service.close()
+    while engine.has_work():
+        engine.step()
+    assert isinstance(events[-1], Finished | Failed)
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
 def test_release_is_seen_by_the_system() -> None:
     """Small pieces, freed but for the last: without help glibc keeps what lies below it."""

@@ -209,10 +209,10 @@ class EngineService:
         self._waiting.discard(place)
 
     def _wait_for_work(self) -> bool:
-        """Blocks until there is some; False: the service ends. Freed memory is handed back once in a pause, when nobody waits for it."""
+        """Blocks until this service has some; False: it ends. Freed memory is handed back once in a pause, when nobody waits for it."""
 
         def woken() -> bool:
-            return self._end is not None or self.engine.has_work()
+            return self._end is not None or (bool(self._live) and self.engine.has_work())
 
         with self._work:
             if self._work.wait_for(woken, IDLE_S):
