@@ -37,6 +37,7 @@ from zen_turbo.engine.request import SamplingParams
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.llm import LLM
 from zen_turbo.models.catalogue import CATALOGUE, resolve_model
+from zen_turbo.models.decoder import TokenRow
 
 FP32_NOISE = 1e-3
 NEAR_TIE_NOISES = 4
@@ -137,21 +138,24 @@ def continue_ours(llm: LLM, prompt: list[int], num_tokens: int) -> Continuation:
 
 
 def replay(engine: Engine, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    """Prefill on the engine's chunk grid, then one token at a time: logits f32 [len(tokens), V]."""
-    cache, ids = SequenceCache(engine.pool), prompt + tokens[:-1]
-    grid = engine.config.prefill_chunk_tokens
-    bounds = [*range(0, len(prompt), grid), *range(len(prompt), len(ids) + 1)]
+    """Prefill on the engine's chunk grid, then one token at a time as the engine decodes them: logits f32 [len(tokens), V]."""
+    cache, size = SequenceCache(engine.pool), len(prompt)
+    bounds = [*range(0, size, engine.config.prefill_chunk_tokens), size]
     rows = []
     try:
-        cache.reserve(len(ids))
+        cache.reserve(size + len(tokens))
         for start, end in itertools.pairwise(bounds):
-            last = slice(end - start - 1, end - start) if end >= len(prompt) else None
+            last = slice(end - start - 1, end - start) if end == size else None
             logits, _ = engine.decoder.forward(
-                torch.tensor(ids[start:end]), cache.pages, first_position=start, logits_rows=last, rope_seq_len=len(prompt)
+                torch.tensor(prompt[start:end]), cache.pages, first_position=start, logits_rows=last, rope_seq_len=size
             )
             cache.commit(end)
             if logits is not None:
                 rows.append(logits[0].clone())
+        for position, token in enumerate(tokens[:-1], size):
+            (row,) = engine.decoder.decode_tokens([TokenRow(token, position, cache.pages, rope_seq_len=size)])
+            cache.commit(position + 1)
+            rows.append(row.clone())
     finally:
         cache.release()
     return torch.stack(rows)
