@@ -19,7 +19,7 @@
 // so the estimate is of the mass that attention will find.
 //
 // Summaries are fp32; they are packed into the layout of a K page (keys are then pages), which makes scoring a matrix product: rows of
-// all heads of a group against the same means. A caller may keep what was packed: a token of an answer then packs one tile and not all of them.
+// all heads of a group against the same means. A caller may keep what was packed: the next chunk then packs the tiles that are new.
 // Work item = (KV head, query block); one thread does one item. A token of an answer is another kind of work: select_token.inl.
 #include "kernels.h"
 

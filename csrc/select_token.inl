@@ -4,6 +4,8 @@
 // There is one row and up to a million tokens of summaries, so the work is cut by pages, not by rows: a part's scores become probabilities while they are
 // in the nearest cache, by the part's own maximum, and are weighted when the maxima and sums of all parts are known. Parts are cut by the number of
 // pages alone, never by that of threads: deterministic.
+#include <type_traits>
+
 #include "summary_codes.inl"
 
 namespace {
@@ -32,16 +34,8 @@ template <class S, class Dot>
 struct Codes {
   typedef typename CodesOf<Dot>::Type CodeDot;
   static constexpr bool MULTIPLIED = !__is_same(CodeDot, void);
-  template <bool, class A, class>
-  struct Either {
-    typedef A Type;
-  };
-  template <class A, class B>
-  struct Either<false, A, B> {
-    typedef B Type;
-  };
   typedef float Query;
-  typedef typename Either<MULTIPLIED, CodeDot, Dot>::Type Product;
+  typedef std::conditional_t<MULTIPLIED, CodeDot, Dot> Product;
   static constexpr int64_t TILE_PAGES = CODE_TILE_PAGES, CHANNEL_BYTES = CODE_CHANNEL_BYTES, EXTRA = ROW_EXTRA;
   static int64_t scratch_bytes(int width) {
     return int64_t(width) * (Product::ROWS * sizeof(typename Product::A) + (MULTIPLIED ? 0 : 16 * Dot::STORED_BYTES));
@@ -129,7 +123,8 @@ static int select_token(const zt_select_args* a) {
         score_pages(spans, rows, first, end, edge, scores + row * PART_PAGES, PART_PAGES,
                     [&](int v, int64_t page, int vecs, float* to, int64_t stride) {
                       if (row == 0 && page + 64 < end) packed.prefetch(pass, set / passes, page + 64, 64);
-                      Summaries::multiply(packed, pass, set / passes, page, vecs, q_of(set, v) + row * (width + Summaries::EXTRA), rows, width, scratch, to, stride);
+                      const Query* from = q_of(set, v) + row * (width + Summaries::EXTRA);
+                      Summaries::multiply(packed, pass, set / passes, page, vecs, from, rows, width, scratch, to, stride);
                     });
       }
       for (int r = 0; r < group; r++) {

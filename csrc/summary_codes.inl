@@ -21,20 +21,20 @@ static void pack_codes(const zt_select_args* a, int pass, int64_t h, int64_t fir
   alignas(64) float inverse[512];
   alignas(64) int8_t codes[512];
   for (int d = 0; d < width; d += 16) {
-    vec least = zero(), most = zero();
+    vec high = zero(), low = zero();  // low: of the sign turned, because there is only a maximum
     for (int64_t page = first; page < end; page++) {
-      const vec x = load(summary_of(a, page, h, pass) + d);
-      most = page > first ? max_(most, x) : x;
-      least = page > first ? sub(zero(), max_(sub(zero(), least), sub(zero(), x))) : x;
+      const vec x = load(summary_of(a, page, h, pass) + d), turned = sub(zero(), x);
+      high = page > first ? max_(high, x) : x;
+      low = page > first ? max_(low, turned) : turned;
     }
-    store(middle + d, mul(add(most, least), set1(0.5f)));
-    store(step + d, mul(sub(most, least), set1(1.0f / 254)));
+    store(middle + d, mul(sub(high, low), set1(0.5f)));
+    store(step + d, mul(add(high, low), set1(1.0f / 254)));
   }
   for (int d = 0; d < width; d++) inverse[d] = step[d] > 0 ? 1 / step[d] : 0;
   if (end < first + CODE_TILE_PAGES) __builtin_memset(tile, 0, CODE_TILE_PAGES * size_t(width));
   for (int64_t page = first; page < end; page++) {
     const float* from = summary_of(a, page, h, pass);
-    // Rounding may put the ends half a step beyond 127, which is cut.
+    // The middle is rounded: where it is large and the range small, an end may lie beyond 127, and is cut.
     for (int d = 0; d < width; d += 16) {
       const vec x = mul(sub(load(from + d), load(middle + d)), load(inverse + d));
       store_i8(codes + d, sub(zero(), max_(sub(zero(), max_(x, set1(-127))), set1(-127))));

@@ -276,15 +276,14 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def pointers(values: Iterable[int | None]) -> ctypes.Array[ctypes.c_void_p]:
-    """An array of addresses, as a struct holds it."""
-    found = list(values)
-    return (_pointer * len(found))(*found)
+def pointers(values: Iterable[int | None], count: int = NUM_VARIANTS) -> ctypes.Array[ctypes.c_void_p]:
+    """An array of so many addresses, as a struct holds it; null where there are fewer values."""
+    return (_pointer * count)(*values)
 
 
-def int64s(values: Iterable[int]) -> ctypes.Array[ctypes.c_int64]:
-    found = list(values)
-    return (_int64 * len(found))(*found)
+def int64s(values: Iterable[int], count: int = NUM_VARIANTS) -> ctypes.Array[ctypes.c_int64]:
+    """The same of numbers, 0 where there are fewer."""
+    return (_int64 * count)(*values)
 
 
 def call(name: str, args: ctypes.Structure) -> None:

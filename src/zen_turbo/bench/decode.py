@@ -2,7 +2,8 @@
 
 A real text is read once with the engine's prefill policy, as a prompt of every length; with --store what the store knows of it is not read
 again. At every context length the text's own next tokens are fed one at a time (teacher forcing), once for each way of decoding from the
-same pages; the last page of the context is computed again as the end of a prompt:
+same pages. What is not known of the context then is computed again, reading everything, as the end of a prompt: its last page, and of a
+policy whose pages depend on their chunk the last chunk and the prompt's end:
 
     read_s, cached_tokens   what reading the context took, and what of it was known
     tpot_ms          median time of one token, output head included; tpot_ratio: over that of the first context

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.kernels import summary_bytes
+from zen_turbo.kernels import padded_pages
 from zen_turbo.kv.geometry import PageGeometry, pages_for
 from zen_turbo.models.config import ModelConfig
 from zen_turbo.models.linear import TILE_ROWS
@@ -46,7 +46,7 @@ def estimate(model: ModelConfig, geometry: PageGeometry, *, total_tokens: int, c
     lists = (rows // PAGE_TOKENS + 1) * pages_for(total_tokens) * (4 * 8 + 4)
     logits = 2 * 4 * model.vocab_size
     open_pages = geometry.open_page_bytes * geometry.num_layers * geometry.num_key_value_heads
-    packed = summary_bytes(pages_for(total_tokens), 3 * model.head_dim, geometry.dtype) * model.num_key_value_heads * geometry.num_layers
+    packed = padded_pages(pages_for(total_tokens)) * 3 * model.head_dim * size * model.num_key_value_heads * geometry.num_layers
     kv_bytes = geometry.bytes_for(total_tokens) + (packed if geometry.summaries else 0)
     return MemoryEstimate(kv_bytes, rows * per_row + tile * per_tile_row + lists + logits + open_pages)
 

@@ -11,10 +11,10 @@ from zen_turbo.kernels.attention import (
     attend,
     decode,
     list_pages,
+    padded_pages,
     page_bytes,
     select_pages,
     store,
-    summary_bytes,
 )
 from zen_turbo.kernels.layers import (
     PackedWeights,
@@ -40,9 +40,9 @@ __all__ = [
     "list_pages",
     "pack_bf16",
     "pack_int8",
+    "padded_pages",
     "page_bytes",
     "select_pages",
     "silu_mul",
     "store",
-    "summary_bytes",
 ]

@@ -26,7 +26,7 @@ class PackedSummaries:
     """
 
     def __init__(self, num_pages: int, *, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.num_pages = -(-num_pages // _CODE_TILE_PAGES) * _CODE_TILE_PAGES
+        self.num_pages = padded_pages(num_pages)
         self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
         self.codes = False
         self.tiles: list[torch.Tensor] = []
@@ -41,16 +41,15 @@ class PackedSummaries:
         if codes != self.codes:
             self.codes, self.tiles, self.num_valid = codes, [], []
         while len(self.tiles) < 1 + bounds:
-            width, tiles = self.head_dim * (1 + len(self.tiles)), self.num_pages // self.tile_pages
-            size = summary_bytes(self.num_pages, width, self.dtype, codes=codes) // tiles
-            self.tiles.append(torch.empty((self.kv_heads, tiles, size), dtype=torch.uint8))
+            width = self.head_dim * (1 + len(self.tiles))
+            size = width * (_CODE_TILE_PAGES + 2 * 4 if codes else _TILE_PAGES * self.dtype.itemsize)
+            self.tiles.append(torch.empty((self.kv_heads, self.num_pages // self.tile_pages, size), dtype=torch.uint8))
             self.num_valid.append(0)
 
 
-def summary_bytes(num_pages: int, width: int, dtype: torch.dtype, *, codes: bool = False) -> int:
-    """Bytes of packed summaries of one KV head in one layer; width: channels, head_dim for means and twice that for bounds."""
-    pages = -(-num_pages // _CODE_TILE_PAGES) * _CODE_TILE_PAGES
-    return pages // _CODE_TILE_PAGES * width * (_CODE_TILE_PAGES + 2 * 4) if codes else pages * width * dtype.itemsize
+def padded_pages(num_pages: int) -> int:
+    """Pages that packed summaries have room for: whole cache lines of their scores."""
+    return -(-num_pages // _CODE_TILE_PAGES) * _CODE_TILE_PAGES
 
 
 class PageView(NamedTuple):
@@ -422,9 +421,9 @@ def select_pages(
         num_pages if most_pages is None else most_pages,
         bound_pages,
         sample_rows,
-        native.pointers([*(each.data_ptr() for each in tiles), None, None][:2]),
-        native.int64s([*(each.shape[1] for each in tiles), 0, 0][:2]),
-        native.int64s([*(packed.num_valid if packed is not None else ()), 0, 0][:2]),
+        native.pointers((each.data_ptr() for each in tiles), 2),
+        native.int64s((each.shape[1] for each in tiles), 2),
+        native.int64s(packed.num_valid if packed is not None else (), 2),
         num_heads,
         kv.pages.shape[1],
         head_dim,
