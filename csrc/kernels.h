@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #define ZT_PAGE 64
-#define ZT_ABI_VERSION 9
+#define ZT_ABI_VERSION 10
 
 enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1, ZT_INT8 = 2 /* pages only */ };
 enum zt_status { ZT_OK = 0, ZT_BAD_ARGUMENT = 1, ZT_NO_MEMORY = 2 };
@@ -99,8 +99,9 @@ typedef struct {
   int64_t span_pages, sink_pages, local_pages, most_pages;
   int64_t bound_pages; /* of most_pages; 0: bounds are not looked at */
   int64_t sample_rows; /* 1 to 64 */
-  void* packed[2]; /* [kv_heads][packed_tiles][bytes of a tile], bounds twice as wide; or null: packed anew */
-  int64_t packed_tiles[2], valid_pages[2]; /* room for ceil(pages / 64) * 64 pages at least; how many pages are as they should be */
+  void* packed[2];         /* [kv_heads][packed_tiles][bytes of a tile], bounds twice as wide; or null: packed anew */
+  int64_t packed_tiles[2]; /* room for ceil(pages / 64) * 64 pages at least */
+  int64_t* valid_pages;    /* [2] how many pages of each are as they should be, which the caller keeps true; null with neither */
   int32_t q_heads, kv_heads, head_dim, dtype;
   float scale;
   int32_t per_kv_head, codes;
@@ -148,6 +149,55 @@ typedef struct {
   int32_t dtype, num_threads;
 } zt_linear_args;
 
+/* What stays from token to token of one sequence in one layer: arguments that zt_tokens completes and passes on, and the list of pages that it
+ * chose. select.q[0] null: nothing is chosen here. */
+typedef struct {
+  zt_store_args store;
+  zt_select_args select;
+  zt_attend_args attend;
+  int32_t rotate;
+  int64_t* offsets;     /* [select lists + 1] */
+  int32_t* entries;     /* [most_entries] */
+  int64_t most_entries;
+  int64_t chosen_page;  /* of the token that chose the list; -1: there is none */
+} zt_token_layer;
+
+/* The next token of one sequence. */
+typedef struct {
+  zt_token_layer* layers;
+  int64_t position;
+  const float* cos[3]; /* [head_dim / 2] each; null: a variant that the token does not need */
+  const float* sin[3];
+  const float* logit_factor; /* of this token, or null */
+  const int64_t* dense_offsets; /* one list for all heads, of every page: what is read where nothing is chosen */
+  const int32_t* dense_entries;
+  int64_t select_every;    /* 0: nothing is chosen for this token. A layer's choice serves so many tokens of a page, layers taking turns */
+  int64_t sampled_layer;   /* where lse_kept and lse_full [q_heads] are filled, over the pages read and over all of them; -1: nowhere */
+  float *lse_kept, *lse_full;
+  void* full_out;          /* [q_heads][head_dim], scratch of a sampled layer */
+} zt_token_row;
+
+/* One layer over the rows of a batch, for zt_tokens: what each step reads is what the one before it writes. */
+typedef struct {
+  zt_norm_args input_norm;
+  zt_linear_args qkv, out;
+  zt_norm_args post_norm;
+  zt_linear_args gate_up;
+  zt_silu_args silu;
+  zt_linear_args down;
+} zt_layer_args;
+
+/* The next token of several sequences through layers [first_layer, first_layer + num_layers), row i of qkv and attended being that of rows[i]. Without
+ * `layers`: attention alone, of one layer. The same functions as by single calls, in the same order: the same bits. */
+typedef struct {
+  const zt_layer_args* layers; /* [num_layers] or null */
+  int64_t first_layer, num_layers;
+  zt_token_row* const* rows;
+  int64_t num_rows;
+  char *qkv, *attended;
+  int64_t qkv_row_bytes, attended_row_bytes;
+} zt_tokens_args;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -183,6 +233,7 @@ int zt_silu(const zt_silu_args*);
 int zt_select_pages(const zt_select_args*);
 int zt_linear(const zt_linear_args*);
 int zt_list_pages(const zt_list_args*);
+int zt_tokens(const zt_tokens_args*);
 #ifdef __cplusplus
 }
 #endif

@@ -30,6 +30,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from zen_turbo.attention.answer import Answer
 from zen_turbo.bench.report import Experiment, Row
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.engine import Engine
@@ -152,8 +153,9 @@ def replay(engine: Engine, prompt: list[int], tokens: list[int]) -> torch.Tensor
             cache.commit(end)
             if logits is not None:
                 rows.append(logits[0].clone())
+        answer = Answer(cache.pages, rope_seq_len=size)
         for position, token in enumerate(tokens[:-1], size):
-            (row,) = engine.decoder.decode_tokens([TokenRow(token, position, cache.pages, rope_seq_len=size)])
+            (row,) = engine.decoder.decode_tokens([TokenRow(token, position, answer)])
             cache.commit(position + 1)
             rows.append(row.clone())
     finally:

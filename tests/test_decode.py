@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from zen_turbo import LLM
+from zen_turbo.attention.answer import TokenAttention
 from zen_turbo.attention.decode import SAMPLE_EVERY, DecodeSettings, SnapDecode, SparseDecode
 from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.engine.request import RequestOutput, SamplingParams
@@ -28,6 +29,12 @@ def answer(folder: Path, **knobs: Any) -> RequestOutput:
         llm.engine.close()
 
 
+@pytest.fixture
+def by_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel of a token by a call of its own, so that one can look at what selects; ``test_answer`` has that the bits are the same."""
+    monkeypatch.setattr(TokenAttention, "serves", staticmethod(lambda _: False))
+
+
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_pages_are_dense_token_for_token(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, kv_dtype: str) -> None:
@@ -42,7 +49,7 @@ def test_all_pages_are_dense_token_for_token(tiny_folder: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(("policy", "kind", "most"), [("sparse", SparseDecode, 1 + 8 + 1 + 3), ("snapkv", SnapDecode, 1 + 8 + 2 + 3)])
 def test_a_small_budget_is_kept_and_its_recall_said(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str, kind: type[SparseDecode], most: int
+    tiny_folder: Path, by_call: None, monkeypatch: pytest.MonkeyPatch, policy: str, kind: type[SparseDecode], most: int
 ) -> None:
     """Sink, recent, the token's own (and with snapkv all since the prompt's last eight), the budget."""
     counts: list[int] = []
@@ -76,7 +83,7 @@ def test_a_sparse_prefill_decodes_sparsely_unless_told_otherwise(tiny_folder: Pa
         answer(tiny_folder, decode_dense_tokens=-1)
 
 
-def test_heads_read_what_the_prefill_saw_them_need(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_read_what_the_prefill_saw_them_need(tiny_folder: Path, by_call: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The neediest head of a group decides; a budget of two pages is eight for those who need them."""
     counts: list[list[int]] = []
     select = SparseDecode.select
@@ -103,7 +110,7 @@ def test_heads_read_what_the_prefill_saw_them_need(tiny_folder: Path, monkeypatc
     assert {count for each in others for count in each} == {1 + 8 + 1}
 
 
-def test_a_choice_serves_the_next_token_of_the_same_page(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_serves_the_next_token_of_the_same_page(tiny_folder: Path, by_call: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers take turns to choose, all of them for the first token and for the first one of a page."""
     chosen: list[tuple[int, int]] = []
     read: list[tuple[int, int, list[int]]] = []
@@ -133,7 +140,7 @@ def test_a_choice_serves_the_next_token_of_the_same_page(tiny_folder: Path, monk
 
 def test_every_layer_has_its_turn_to_be_sampled() -> None:
     state = SparseDecode(DecodeSettings(), num_layers=3, prompt_tokens=10)
-    turns = [[layer for layer in range(3) if state.samples(position, layer)] for position in range(0, SAMPLE_EVERY * 6)]
-    assert [turn for turn in turns if turn] == [[0], [1], [2], [0], [1], [2]]
+    turns = [state.sampled_layer(position) for position in range(0, SAMPLE_EVERY * 6)]
+    assert [turn for turn in turns if turn is not None] == [0, 1, 2, 0, 1, 2]
     state.observe(lse_kept=torch.tensor([-0.1, 0.0]), lse_full=torch.tensor([0.0, 0.0]))
     assert state.recall == pytest.approx((1 + torch.tensor(-0.1).exp().item()) / 2)

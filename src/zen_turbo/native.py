@@ -16,7 +16,7 @@ import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch  # noqa: F401
 
@@ -24,13 +24,14 @@ from zen_turbo.errors import KernelError
 
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "scalar")
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 NUM_VARIANTS = 3  # of a query: same span, previous span, older (Dual Chunk Attention)
 
 _pointer = ctypes.c_void_p
 _int64 = ctypes.c_int64
 _int32 = ctypes.c_int32
 _float = ctypes.c_float
+_Args = TypeVar("_Args", bound=ctypes.Structure)
 
 
 class PageViewArgs(ctypes.Structure):
@@ -122,7 +123,7 @@ class SelectArgs(ctypes.Structure):
         ("sample_rows", _int64),
         ("packed", _pointer * 2),
         ("packed_tiles", _int64 * 2),
-        ("valid_pages", _int64 * 2),
+        ("valid_pages", _pointer),
         ("q_heads", _int32),
         ("kv_heads", _int32),
         ("head_dim", _int32),
@@ -188,6 +189,62 @@ class SiluArgs(ctypes.Structure):
     )
 
 
+class TokenLayerArgs(ctypes.Structure):
+    _fields_ = (
+        ("store", StoreArgs),
+        ("select", SelectArgs),
+        ("attend", AttendArgs),
+        ("rotate", _int32),
+        ("offsets", _pointer),
+        ("entries", _pointer),
+        ("most_entries", _int64),
+        ("chosen_page", _int64),
+    )
+
+
+class TokenRowArgs(ctypes.Structure):
+    _fields_ = (
+        ("layers", _pointer),
+        ("position", _int64),
+        ("cos", _pointer * NUM_VARIANTS),
+        ("sin", _pointer * NUM_VARIANTS),
+        ("logit_factor", _pointer),
+        ("dense_offsets", _pointer),
+        ("dense_entries", _pointer),
+        ("select_every", _int64),
+        ("sampled_layer", _int64),
+        ("lse_kept", _pointer),
+        ("lse_full", _pointer),
+        ("full_out", _pointer),
+    )
+
+
+class LayerArgs(ctypes.Structure):
+    _fields_ = (
+        ("input_norm", NormArgs),
+        ("qkv", LinearArgs),
+        ("out", LinearArgs),
+        ("post_norm", NormArgs),
+        ("gate_up", LinearArgs),
+        ("silu", SiluArgs),
+        ("down", LinearArgs),
+    )
+
+
+class TokensArgs(ctypes.Structure):
+    _fields_ = (
+        ("layers", _pointer),
+        ("first_layer", _int64),
+        ("num_layers", _int64),
+        ("rows", _pointer),
+        ("num_rows", _int64),
+        ("qkv", _pointer),
+        ("attended", _pointer),
+        ("qkv_row_bytes", _int64),
+        ("attended_row_bytes", _int64),
+    )
+
+
 def _library_path() -> Path:
     name = "zen_turbo/_native/libzen_turbo_kernels.so"
     candidates = []
@@ -213,7 +270,7 @@ def _library() -> ctypes.CDLL:
     library.zt_select.argtypes = library.zt_supports.argtypes = [ctypes.c_char_p]
     library.zt_selected.restype = library.zt_feature_name.restype = ctypes.c_char_p
     library.zt_cpu_features.restype = ctypes.c_uint64
-    for name in ("zt_attend", "zt_decode", "zt_store", "zt_norm", "zt_silu", "zt_select_pages", "zt_list_pages", "zt_linear"):
+    for name in ("zt_attend", "zt_decode", "zt_store", "zt_norm", "zt_silu", "zt_select_pages", "zt_list_pages", "zt_linear", "zt_tokens"):
         getattr(library, name).argtypes = [ctypes.c_void_p]
     forced = os.environ.get(ISA_ENVIRONMENT)
     if forced:
@@ -286,7 +343,20 @@ def int64s(values: Iterable[int], count: int = NUM_VARIANTS) -> ctypes.Array[cty
     return (_int64 * count)(*values)
 
 
-def call(name: str, args: ctypes.Structure) -> None:
+Args = ctypes.Structure
+
+
+def array_of(kind: type[_Args], count: int) -> ctypes.Array[_Args]:
+    """So many structs in a row, zeros."""
+    return (kind * count)()
+
+
+def address(of: ctypes.Structure | ctypes.Array[Any]) -> int:
+    """Where it lies; whoever keeps the number keeps the object too."""
+    return ctypes.addressof(of)
+
+
+def call(name: str, args: Args) -> None:
     """Call a function of the library. Raises ValueError for what it refuses, MemoryError."""
     status = getattr(_library(), name)(ctypes.addressof(args))
     if status == 2:

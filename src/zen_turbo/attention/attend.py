@@ -86,7 +86,7 @@ class Attention:
     def plan(self, first_position: int, num_rows: int, *, rope_seq_len: int | None = None) -> ChunkPlan:
         """Plan rows at positions first_position and on. ``rope_seq_len`` is the prompt's length, which dynamic RoPE depends on."""
         positions = torch.arange(first_position, first_position + num_rows, dtype=torch.int64)
-        lists = self._dense_lists(first_position, num_rows)
+        lists = self.dense_lists(first_position, num_rows)
         return ChunkPlan(
             first_position,
             num_rows,
@@ -95,6 +95,13 @@ class Attention:
             lists,
             blocks.density(lists, first_position=first_position, num_rows=num_rows),
         )
+
+    def rotation(
+        self, position: int, *, rope_seq_len: int | None = None
+    ) -> tuple[tuple[Angles | None, Angles | None, Angles | None], torch.Tensor | None]:
+        """Angles and temperature of a single row, as ``plan`` has them."""
+        positions = torch.tensor([position])
+        return self._angles(positions, rope_seq_len), self._logit_factor(positions)
 
     def _angles(self, positions: torch.Tensor, rope_seq_len: int | None) -> tuple[Angles | None, Angles | None, Angles | None]:
         def rotate(at: torch.Tensor) -> Angles:
@@ -174,7 +181,7 @@ class Attention:
         if window is not None:
             if plan.first_position + plan.num_rows <= window:
                 return plan.lists
-            return self._dense_lists(plan.first_position, plan.num_rows, window)
+            return self.dense_lists(plan.first_position, plan.num_rows, window)
         if fidelity is None or not plan.is_sparse(fidelity):
             return plan.lists
         return fidelity.select(self._chunk(plan, queries, kv, plan.sparse_blocks(fidelity)), layer)
@@ -203,7 +210,8 @@ class Attention:
         first_row = max(0, plan.num_rows - OBSERVED_ROWS) // PAGE_TOKENS * PAGE_TOKENS
         decode.observe_prompt(self._chunk(plan, queries, kv, range(0), first_row=first_row), layer)
 
-    def _dense_lists(self, first_position: int, num_rows: int, window: int | None = None) -> BlockLists:
+    def dense_lists(self, first_position: int, num_rows: int, window: int | None = None) -> BlockLists:
+        """Every page that these rows may read, in one list for all heads."""
         return blocks.dense_lists(
             first_position=first_position, num_rows=num_rows, num_heads=self.num_heads, span_pages=self.span_pages, window=window
         )
@@ -236,6 +244,6 @@ class Attention:
         assert first is not None
         lse = torch.empty((self.num_heads, 1))
         factor = plan.logit_factor[row : row + 1] if plan.logit_factor is not None else None
-        lists, out = self._dense_lists(position, 1), torch.empty_like(first)
+        lists, out = self.dense_lists(position, 1), torch.empty_like(first)
         kernels.decode((first, second, third), kv, lists, out, position=position, scale=self.scale, logit_factor=factor, lse=lse)
         return out[0], lse[:, 0]

@@ -24,7 +24,7 @@ import torch
 from zen_turbo.attention.blocks import Chunk, choose_by_mass, lists_from_mask, select_by_mass
 from zen_turbo.attention.fidelity import Fidelity, recall_of
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.kernels import BlockLists
+from zen_turbo.kernels import BlockLists, TokenSelection
 
 SAMPLE_EVERY = 16
 OBSERVED_ROWS = 64
@@ -44,6 +44,8 @@ class DecodeSettings:
 class SparseDecode:
     """Selection and telemetry of one request's answer. prompt_tokens: where the answer begins; fidelity: of the prefill, if it was sparse."""
 
+    selects_by_mass = True  # as ``selection`` says, so that native code can do it from token to token
+
     def __init__(
         self, settings: DecodeSettings, *, num_layers: int, prompt_tokens: int, fidelity: Fidelity | None = None
     ) -> None:
@@ -51,7 +53,7 @@ class SparseDecode:
         self.prompt_tokens = prompt_tokens
         self._num_layers = num_layers
         self._fidelity = fidelity
-        self._limits: dict[int, tuple[torch.Tensor, int]] = {}  # by layer
+        self._selection: TokenSelection | None = None
         self._lists: dict[int, tuple[int, BlockLists]] = {}  # by layer: the page of the token that chose them
         self._recalls: list[torch.Tensor] = []  # [heads] each
 
@@ -72,21 +74,33 @@ class SparseDecode:
         return lists
 
     def _choose(self, token: Chunk, layer: int) -> BlockLists:
-        settings = self.settings
-        if layer not in self._limits:
-            self._limits[layer] = self._limits_of(layer, token.kv.pages.shape[1])
-        mass, most_pages = self._limits[layer]
+        rule = self.selection(token.kv.pages.shape[1], token.dtype)
         return select_by_mass(
             token,
-            mass,
-            sink_pages=settings.sink_pages,
-            local_pages=settings.local_pages,
-            most_pages=most_pages,
+            rule.mass[layer],
+            sink_pages=rule.sink_pages,
+            local_pages=rule.local_pages,
+            most_pages=rule.most_pages[layer],
             sample_rows=1,
             per_kv_head=True,
-            bound_pages=settings.most_pages // 4,
-            codes=token.dtype == torch.bfloat16,  # fp32 engines are oracles
+            bound_pages=rule.bound_pages,
+            codes=rule.codes,
         )
+
+    def selection(self, kv_heads: int, dtype: torch.dtype) -> TokenSelection:
+        """How tokens of that dtype choose."""
+        if self._selection is None:
+            settings = self.settings
+            mass, most_pages = zip(*(self._limits_of(layer, kv_heads) for layer in range(self._num_layers)), strict=True)
+            self._selection = TokenSelection(
+                mass,
+                most_pages,
+                sink_pages=settings.sink_pages,
+                local_pages=settings.local_pages,
+                bound_pages=settings.most_pages // 4,
+                codes=dtype == torch.bfloat16,  # fp32 engines are oracles
+            )
+        return self._selection
 
     def _limits_of(self, layer: int, kv_heads: int) -> tuple[torch.Tensor, int]:
         """Share of estimated mass to keep, float32 [kv_heads], and the most pages. The same for every token: nothing is learnt after the prompt."""
@@ -95,10 +109,10 @@ class SparseDecode:
             return torch.full((kv_heads,), self.settings.mass), self.settings.most_pages
         return needs.view(kv_heads, -1).amax(dim=1), self.settings.most_pages * NEEDY_TIMES
 
-    def samples(self, position: int, layer: int) -> bool:
-        """Whether recall is measured for this token in this layer."""
+    def sampled_layer(self, position: int) -> int | None:
+        """The layer in which recall is measured for this token."""
         turn, rest = divmod(position, SAMPLE_EVERY)
-        return rest == 0 and turn % self._num_layers == layer
+        return turn % self._num_layers if rest == 0 else None
 
     def observe(self, *, lse_kept: torch.Tensor, lse_full: torch.Tensor) -> None:
         """Log-sum-exps of one token over kept and over all keys, [heads] each."""
@@ -112,6 +126,8 @@ class SparseDecode:
 
 class SnapDecode(SparseDecode):
     """Pages chosen once, by the prompt's end."""
+
+    selects_by_mass = False
 
     def __init__(
         self, settings: DecodeSettings, *, num_layers: int, prompt_tokens: int, fidelity: Fidelity | None = None

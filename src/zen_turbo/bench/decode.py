@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from zen_turbo.attention.answer import Answer
 from zen_turbo.attention.decode import DECODERS
 from zen_turbo.bench import corpora
 from zen_turbo.bench.fidelity import compare
@@ -101,10 +102,10 @@ def _at(engine: Engine, tokens: Sequence[int], context: int, modes: Sequence[str
             for start, end in grid(engine, cache.num_tokens, context):
                 read_chunk(engine, cache, tokens, start, end, decode=decode)
                 cache.commit(end)
+            answer = Answer(cache.pages, decode, rope_seq_len=context)
             for position in range(context, len(tokens)):
                 began = time.perf_counter()
-                row = TokenRow(tokens[position], position, cache.pages, decode, context)
-                parts.append(engine.decoder.decode_tokens([row]))
+                parts.append(engine.decoder.decode_tokens([TokenRow(tokens[position], position, answer)]))
                 times.append(time.perf_counter() - began)
                 cache.commit(position + 1)
         finally:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from zen_turbo.attention.answer import Answer
 from zen_turbo.attention.decode import DECODERS, DecodeSettings, SparseDecode
 from zen_turbo.attention.fidelity import WINDOW_TOKENS, Fidelity
 from zen_turbo.attention.selection import policy_of
@@ -417,7 +418,9 @@ class Engine:
     def _token_row(request: Running) -> TokenRow:
         assert request.cache is not None
         position = len(request.tokens) - 1
-        return TokenRow(request.tokens[position], position, request.cache.pages, request.decode, request.num_prompt_tokens)
+        if request.answer is None:
+            request.answer = Answer(request.cache.pages, request.decode, rope_seq_len=request.num_prompt_tokens)
+        return TokenRow(request.tokens[position], position, request.answer)
 
     def _sample(self, request: Running, logits: torch.Tensor) -> None:
         """Choose a token, stream what is safe to show, and finish the request if it is done."""

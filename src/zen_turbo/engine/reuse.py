@@ -151,7 +151,7 @@ class Reuse:
         if self.store is not None:
             self.store.flush()
         cache.release()
-        request.cache = None
+        request.cache = request.answer = None
 
     def close(self) -> None:
         self.prefixes.clear()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from zen_turbo.attention.answer import Answer
 from zen_turbo.attention.decode import SparseDecode
 from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.engine.logprobs import PromptLogprobs
@@ -47,6 +48,7 @@ class Running:
     timers: Timers = field(default_factory=Timers)
     fidelity: Fidelity | None = None
     decode: SparseDecode | None = None
+    answer: Answer | None = None
 
     @property
     def num_generated(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from zen_turbo import native
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.kernels.checks import DTYPES, need
+from zen_turbo.kernels.checks import DTYPES, calling, need
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 _INT8 = 2
@@ -22,7 +22,7 @@ class PackedSummaries:
 
     A chunk scores tiles of 16 pages in the dtype of queries, a token of an answer with ``codes`` tiles of 64 pages, whose channels are 8-bit
     codes (``csrc/summary_codes.inl``). A prompt comes before its answer, so one kind is kept at a time. ``tiles``: of means, and where they
-    were asked for of bounds, uint8 [kv_heads, tiles, bytes] each; ``num_valid``: how many pages of each are as their summaries say.
+    were asked for of bounds, uint8 [kv_heads, tiles, bytes] each.
     """
 
     def __init__(self, num_pages: int, *, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -30,21 +30,38 @@ class PackedSummaries:
         self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
         self.codes = False
         self.tiles: list[torch.Tensor] = []
-        self.num_valid: list[int] = []
+        self._valid = native.int64s((), 2)  # native code reads it, and keeps it true for the tokens of an answer
 
     @property
     def tile_pages(self) -> int:
         return _CODE_TILE_PAGES if self.codes else _TILE_PAGES
 
+    @property
+    def num_valid(self) -> list[int]:
+        """How many pages of each kind of tiles are as their summaries say."""
+        return list(self._valid)[: len(self.tiles)]
+
+    @property
+    def address_of_valid(self) -> int:
+        return native.address(self._valid)
+
+    def rewrite(self, first_page: int) -> None:
+        """Pages from this one on are stored again."""
+        self._valid[:] = [min(pages, first_page) for pages in self._valid]
+
+    def scored(self, num_pages: int, *, bounds: bool) -> None:
+        """Tiles are true for so many pages: those of means, and with ``bounds`` both."""
+        for number in range(1 + bounds):
+            self._valid[number] = max(self._valid[number], num_pages)
+
     def prepare(self, *, codes: bool, bounds: bool) -> None:
         """Have tiles of one kind, and drop those of the other."""
         if codes != self.codes:
-            self.codes, self.tiles, self.num_valid = codes, [], []
+            self.codes, self.tiles, self._valid[:] = codes, [], (0, 0)
         while len(self.tiles) < 1 + bounds:
             width = self.head_dim * (1 + len(self.tiles))
             size = width * (_CODE_TILE_PAGES + 2 * 4 if codes else _TILE_PAGES * self.dtype.itemsize)
             self.tiles.append(torch.empty((self.kv_heads, self.num_pages // self.tile_pages, size), dtype=torch.uint8))
-            self.num_valid.append(0)
 
 
 def padded_pages(num_pages: int) -> int:
@@ -149,19 +166,26 @@ def _queries(queries: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
     return first
 
 
-def _attend_args(
-    queries: tuple[torch.Tensor | None, ...],
+def attend_args(
+    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     kv: PageView,
     lists: BlockLists,
     out: torch.Tensor,
     *,
     first_position: int,
     scale: float,
-    window: int | None,
-    logit_factor: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    num_threads: int | None,
+    window: int | None = None,
+    logit_factor: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    num_threads: int | None = None,
 ) -> native.AttendArgs:
+    """Block-sparse causal flash attention of consecutive positions over packed pages; writes ``out``.
+
+    queries: up to three rotations (same span, previous span, older), each bf16 or f32 [rows, num_attention_heads, head_dim]; a variant that
+    no entry names may be None. out: the same shape and dtype. logit_factor: f32 [rows], multiplies the row's logits (temperature).
+    lse: f32 [heads, rows], filled with the natural log-sum-exp over the kept keys. window: keys in (position - window, position] only.
+    Raises ValueError for arguments that do not fit together. Cost: 4 * head_dim * 64 FLOP per row and kept page.
+    """
     first = _queries(queries)
     num_rows, num_heads, head_dim = first.shape
     num_blocks = -(-num_rows // PAGE_TOKENS)
@@ -208,39 +232,7 @@ def _attend_args(
     )
 
 
-def attend(
-    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    kv: PageView,
-    lists: BlockLists,
-    out: torch.Tensor,
-    *,
-    first_position: int,
-    scale: float,
-    window: int | None = None,
-    logit_factor: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    num_threads: int | None = None,
-) -> None:
-    """Block-sparse causal flash attention of consecutive positions over packed pages; writes ``out``.
-
-    queries: up to three rotations (same span, previous span, older), each bf16 or f32 [rows, num_attention_heads, head_dim]; a variant that
-    no entry names may be None. out: the same shape and dtype. logit_factor: f32 [rows], multiplies the row's logits (temperature).
-    lse: f32 [heads, rows], filled with the natural log-sum-exp over the kept keys. window: keys in (position - window, position] only.
-    Raises ValueError for arguments that do not fit together. Cost: 4 * head_dim * 64 FLOP per row and kept page.
-    """
-    args = _attend_args(
-        queries,
-        kv,
-        lists,
-        out,
-        first_position=first_position,
-        scale=scale,
-        window=window,
-        logit_factor=logit_factor,
-        lse=lse,
-        num_threads=num_threads,
-    )
-    native.call("zt_attend", args)
+attend = calling("zt_attend", attend_args)
 
 
 def decode(
@@ -258,7 +250,7 @@ def decode(
 ) -> None:
     """``attend`` for one row: query heads that share a KV head and a list read each page together, and a long list is cut into parts that
     run in parallel and merge in a fixed order."""
-    args = _attend_args(
+    args = attend_args(
         queries,
         kv,
         lists,
@@ -273,7 +265,7 @@ def decode(
     native.call("zt_decode", args)
 
 
-def store(
+def store_args(
     qkv: torch.Tensor,
     queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     angles: tuple[Angles | None, Angles | None, Angles | None],
@@ -285,7 +277,7 @@ def store(
     k_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
     num_threads: int | None = None,
-) -> None:
+) -> native.StoreArgs:
     """Rotate queries into their variants, rotate and pack keys, pack values.
 
     qkv: bf16 or f32 [rows, (num_heads + 2 * num_key_value_heads) * head_dim], queries then keys then values. queries: outputs
@@ -317,8 +309,8 @@ def store(
     row_stride, head_stride = strides.pop()
     summaries = _summaries(kv, head_dim) if kv.summaries is not None else None
     if kv.packed is not None:
-        kv.packed.num_valid = [min(pages, first_position // PAGE_TOKENS) for pages in kv.packed.num_valid]
-    args = native.StoreArgs(
+        kv.packed.rewrite(first_position // PAGE_TOKENS)
+    return native.StoreArgs(
         qkv.data_ptr(),
         qkv.stride(0),
         native.pointers(query.data_ptr() if query is not None else None for query in queries),
@@ -341,10 +333,12 @@ def store(
         DTYPES[qkv.dtype],
         num_threads or torch.get_num_threads(),
     )
-    native.call("zt_store", args)
 
 
-def select_pages(
+store = calling("zt_store", store_args)
+
+
+def select_args(
     queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     kv: PageView,
     mass: torch.Tensor,
@@ -362,7 +356,7 @@ def select_pages(
     bound_pages: int = 0,
     codes: bool = False,
     num_threads: int | None = None,
-) -> PageBits:
+) -> tuple[native.SelectArgs, PageBits]:
     """Choose pages for every query block and head from the summaries of pages; ``csrc/select.inl`` has the rule.
 
     queries, kv, first_position (a multiple of 64, or of a single row), scale, logit_factor: as for ``attend``, after ``store`` of the same
@@ -423,7 +417,7 @@ def select_pages(
         sample_rows,
         native.pointers((each.data_ptr() for each in tiles), 2),
         native.int64s((each.shape[1] for each in tiles), 2),
-        native.int64s(packed.num_valid if packed is not None else (), 2),
+        packed.address_of_valid if packed is not None else None,
         num_heads,
         kv.pages.shape[1],
         head_dim,
@@ -433,11 +427,18 @@ def select_pages(
         codes,
         num_threads or torch.get_num_threads(),
     )
+    return args, PageBits(bits, counts)
+
+
+def select_pages(
+    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None], kv: PageView, mass: torch.Tensor, **settings: Any
+) -> PageBits:
+    """Choose pages: ``select_args`` has the settings."""
+    args, chosen = select_args(queries, kv, mass, **settings)
     native.call("zt_select_pages", args)
-    if packed is not None:
-        for number in range(len(tiles)):
-            packed.num_valid[number] = max(packed.num_valid[number], first_position // PAGE_TOKENS)  # of pages that precede these rows
-    return PageBits(bits, counts)
+    if kv.packed is not None:
+        kv.packed.scored(args.first_position // PAGE_TOKENS, bounds=args.bound_pages > 0)  # of pages that precede these rows
+    return chosen
 
 
 def list_pages(chosen: PageBits, *, first_block: int, span_pages: int | None, heads_per_list: int) -> BlockLists:

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 
 from zen_turbo import native
-from zen_turbo.kernels.checks import DTYPES, need
+from zen_turbo.kernels.checks import DTYPES, calling, need
 
 _PANEL_OUTPUTS = {torch.uint8: 64, torch.bfloat16: 16}  # outputs of a linear layer that lie together, by the dtype of its codes
 
 
-def add_rms_norm(
+def norm_args(
     residual: torch.Tensor,
     delta: torch.Tensor | None,
     weight: torch.Tensor,
@@ -20,7 +20,7 @@ def add_rms_norm(
     *,
     eps: float,
     num_threads: int | None = None,
-) -> None:
+) -> native.NormArgs:
     """residual += delta (in place, if given), then out = residual / sqrt(mean(residual^2) + eps) * weight.
 
     residual: f32 [rows, width]; delta, out: bf16 or f32 [rows, width]; weight: f32 [width]; all contiguous. RMSNorm: arXiv 1910.07467.
@@ -32,7 +32,7 @@ def add_rms_norm(
         if tensor is not None:
             same = tensor.shape == residual.shape and tensor.dtype == out.dtype and tensor.is_contiguous()
             need(same and tensor.dtype in DTYPES, f"delta and out must be contiguous [{rows}, {width}] of one dtype")
-    args = native.NormArgs(
+    return native.NormArgs(
         residual.data_ptr(),
         delta.data_ptr() if delta is not None else None,
         weight.data_ptr(),
@@ -43,18 +43,20 @@ def add_rms_norm(
         DTYPES[out.dtype],
         num_threads or torch.get_num_threads(),
     )
-    native.call("zt_norm", args)
 
 
-def silu_mul(gate_up: torch.Tensor, out: torch.Tensor, *, num_threads: int | None = None) -> None:
+add_rms_norm = calling("zt_norm", norm_args)
+
+
+def silu_args(gate_up: torch.Tensor, out: torch.Tensor, *, num_threads: int | None = None) -> native.SiluArgs:
     """out = silu(gate) * up. gate_up: bf16 or f32 [rows, 2 * width], gate first; out: [rows, width]; contiguous (SwiGLU, arXiv 2002.05202)."""
     rows, width = out.shape
     need(gate_up.shape == (rows, 2 * width) and gate_up.dtype == out.dtype and out.dtype in DTYPES, "gate_up must be [rows, 2 * width]")
     need(gate_up.is_contiguous() and out.is_contiguous(), "gate_up and out must be contiguous")
-    native.call(
-        "zt_silu",
-        native.SiluArgs(gate_up.data_ptr(), out.data_ptr(), rows, width, DTYPES[out.dtype], num_threads or torch.get_num_threads()),
-    )
+    return native.SiluArgs(gate_up.data_ptr(), out.data_ptr(), rows, width, DTYPES[out.dtype], num_threads or torch.get_num_threads())
+
+
+silu_mul = calling("zt_silu", silu_args)
 
 
 class PackedWeights(NamedTuple):
@@ -107,7 +109,9 @@ def pack_bf16(weight: torch.Tensor) -> PackedWeights:
     return PackedWeights(panels.view(-1, _PANEL_OUTPUTS[torch.bfloat16], inputs).transpose(1, 2).contiguous(), None, inputs, outputs, 1)
 
 
-def linear(x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: torch.Tensor | None = None, num_threads: int | None = None) -> None:
+def linear_args(
+    x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: torch.Tensor | None = None, num_threads: int | None = None
+) -> native.LinearArgs:
     """out = x W^T + bias. x: bf16 or f32 [rows, inputs]; with 8-bit weights it is quantised here, per row and group, otherwise products and sums
     are in float32. out: [rows, outputs] of the same dtype; both contiguous. bias: float32 [padded_outputs]. A row's result depends on that row
     alone, to the bit."""
@@ -116,7 +120,7 @@ def linear(x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: 
     need(out.shape == (rows, weights.outputs) and out.dtype == x.dtype and out.is_contiguous(), f"out must be {x.dtype} [{rows}, {weights.outputs}]")
     padded = weights.padded_outputs
     need(bias is None or (bias.dtype == torch.float32 and bias.shape == (padded,)), f"bias must be float32 [{padded}]: whole panels")
-    args = native.LinearArgs(
+    return native.LinearArgs(
         x.data_ptr(),
         weights.codes.data_ptr(),
         weights.scales.data_ptr() if weights.scales is not None else None,
@@ -129,4 +133,6 @@ def linear(x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: 
         DTYPES[x.dtype],
         num_threads or torch.get_num_threads(),
     )
-    native.call("zt_linear", args)
+
+
+linear = calling("zt_linear", linear_args)

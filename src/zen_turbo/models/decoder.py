@@ -13,6 +13,7 @@ Shape legend: T rows of the chunk, H hidden size, I intermediate size, V vocabul
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 
 from zen_turbo import kernels
 from zen_turbo.attention import dca
+from zen_turbo.attention.answer import Answer, TokenAttention
 from zen_turbo.attention.attend import Attention, ChunkPlan
 from zen_turbo.attention.blocks import Queries, pages_read
 from zen_turbo.attention.dca import DualChunk
@@ -30,9 +32,9 @@ from zen_turbo.attention.fidelity import Fidelity, Observation
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.errors import UnsupportedModelError
-from zen_turbo.kernels import PageView
+from zen_turbo.kernels import LayerWeights, PageView, TokenBatch, TokenLayer
 from zen_turbo.models.config import ModelConfig
-from zen_turbo.models.linear import LINEARS, TILE_ROWS, Linear, fitting_linear, linear_arithmetic
+from zen_turbo.models.linear import LINEARS, TILE_ROWS, KernelLinear, Linear, fitting_linear, linear_arithmetic
 from zen_turbo.models.loader import Checkpoint
 
 # Rows of logits that are looked at together: 40 MB with a vocabulary of 150,000.
@@ -74,9 +76,7 @@ class TokenRow(NamedTuple):
 
     token_id: int
     position: int
-    pages: LayerPages
-    decode: SparseDecode | None = None
-    rope_seq_len: int | None = None
+    answer: Answer
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,27 @@ class Decoder:
         self._norm = checkpoint.tensor("model.norm.weight", torch.float32)
         head = self._embedding if config.tie_word_embeddings else checkpoint.tensor("lm_head.weight", self.dtype)
         self._head = fitting_linear(head)
+        self._token_attention = self._prepare_tokens()
+        self._layer_weights = self._prepare_layers()
+        self._batches: dict[int, TokenBatch] = {}  # by rows
+
+    def _prepare_tokens(self) -> TokenAttention | None:
+        """What attends to the tokens of answers natively, None where a layer has a window."""
+        if any(layer.window is not None for layer in self._layers):
+            return None
+        layers = [TokenLayer(layer.rotate, layer.q_norm, layer.k_norm, self.config.rms_norm_eps) for layer in self._layers]
+        return TokenAttention(self.attention, layers, dtype=self.dtype)
+
+    def _prepare_layers(self) -> list[LayerWeights] | None:
+        """The layers as one native call multiplies them, None where they are not our own kernels'."""
+        found = []
+        for layer in self._layers:
+            linears = [linear.weights for linear in (layer.qkv, layer.out, layer.gate_up, layer.down) if isinstance(linear, KernelLinear)]
+            if len(linears) < 4:
+                return None
+            qkv, out, gate_up, down = linears
+            found.append(LayerWeights(layer.input_norm, qkv, out, layer.post_norm, gate_up, down))
+        return found
 
     @property
     def linear_flops_per_token(self) -> int:
@@ -205,27 +226,62 @@ class Decoder:
         The linear layers, whose weights a token mostly waits for, run for all of them at once; each attends to its own pages. There are never
         fewer than two rows, so that a row gives the same bits whoever shares its batch: oneDNN computes a single row in another order.
         """
-        plans = [self.attention.plan(token.position, 1, rope_seq_len=token.rope_seq_len) for token in tokens]
+        self.timers = Timers()
         ids = [token.token_id for token in tokens]
         residual = self._embedding[torch.tensor(ids if len(ids) > 1 else ids * 2)].float()
-        self.timers = Timers()
-        delta: torch.Tensor | None = None
-        for index, layer in enumerate(self._layers):
+        natively = self._token_attention is not None and all(self._token_attention.serves(token.answer) for token in tokens)
+        through = self._tokens_natively if natively else self._tokens_by_call
+        residual, delta = through(tokens, residual)
+        return self._logits(residual, delta)[: len(tokens)]
 
-            def attend(qkv: torch.Tensor, index: int = index, window: int | None = layer.window) -> torch.Tensor:
+    def _tokens_natively(self, tokens: Sequence[TokenRow], residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All layers in one call, or where oneDNN multiplies the attention of each in one. residual f32 [T, H] -> (residual, delta not added yet)."""
+        attention = self._token_attention
+        assert attention is not None
+        sequences = [attention.begin(token.answer, token.position) for token in tokens]
+        if self._layer_weights is not None:
+            batch = self._batches.get(len(residual))
+            if batch is None:
+                batch = TokenBatch(self._layer_weights, rows=len(residual), dtype=self.dtype, eps=self.config.rms_norm_eps)
+                self._batches[len(residual)] = batch
+            batch.residual.copy_(residual)
+            batch.run(sequences)
+            residual, delta = batch.residual, batch.delta
+        else:
+
+            def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
                 attended = qkv.new_zeros((len(qkv), self.config.num_attention_heads * self.config.head_dim))
-                for row, (token, plan) in enumerate(zip(tokens, plans, strict=True)):
-                    queries, kv = self._store(index, plan, qkv[row : row + 1], token.pages(index))
-                    if token.decode is None or window is not None:
-                        lists = self.attention.select(plan, queries, kv, window=window)
-                        attended[row : row + 1] = self.attention.attend(plan, queries, kv, lists, window=window)
-                    else:
-                        attended[row : row + 1] = self._attend_token(index, plan, queries, kv, token.decode)
+                kernels.attend_tokens(sequences, index, qkv, attended)
                 return attended
 
-            delta = self._layer(index, residual, delta, attend)
+            delta = self._through_layers(residual, attend)
+        for token in tokens:
+            attention.end(token.answer)
+        return residual, delta
+
+    def _tokens_by_call(self, tokens: Sequence[TokenRow], residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, every kernel by a call of its own: for layers with a window, and for what selects in Python."""
+        plans = [self.attention.plan(token.position, 1, rope_seq_len=token.answer.rope_seq_len) for token in tokens]
+
+        def attend(index: int, qkv: torch.Tensor) -> torch.Tensor:
+            attended, window = qkv.new_zeros((len(qkv), self.config.num_attention_heads * self.config.head_dim)), self._layers[index].window
+            for row, (token, plan) in enumerate(zip(tokens, plans, strict=True)):
+                queries, kv = self._store(index, plan, qkv[row : row + 1], token.answer.pages(index))
+                if token.answer.decode is None or window is not None:
+                    lists = self.attention.select(plan, queries, kv, window=window)
+                    attended[row : row + 1] = self.attention.attend(plan, queries, kv, lists, window=window)
+                else:
+                    attended[row : row + 1] = self._attend_token(index, plan, queries, kv, token.answer.decode)
+            return attended
+
+        return residual, self._through_layers(residual, attend)
+
+    def _through_layers(self, residual: torch.Tensor, attend: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        delta: torch.Tensor | None = None
+        for index in range(len(self._layers)):
+            delta = self._layer(index, residual, delta, functools.partial(attend, index))
         assert delta is not None
-        return self._logits(residual, delta)[: len(tokens)]
+        return delta
 
     def _layer(
         self, index: int, residual: torch.Tensor, delta: torch.Tensor | None, attend: Callable[[torch.Tensor], torch.Tensor]
@@ -296,7 +352,7 @@ class Decoder:
         """One token over the pages that are selected for it, and where recall is sampled over all."""
         attention, position = self.attention, plan.first_position
         lists = attention.select_for_token(plan, queries, kv, decode, index)
-        sampled = decode.is_sparse(position) and decode.samples(position, index)
+        sampled = decode.is_sparse(position) and decode.sampled_layer(position) == index
         lse = torch.empty((attention.num_heads, 1)) if sampled else None
         attended = attention.attend(plan, queries, kv, lists, lse=lse)
         if lse is not None:

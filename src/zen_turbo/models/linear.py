@@ -78,6 +78,10 @@ class KernelLinear(Linear):
             self._bias = torch.zeros(self._weights.padded_outputs)
             self._bias[: self.out_features] = bias.float()
 
+    @property
+    def weights(self) -> kernels.LinearWeights:
+        return kernels.LinearWeights(self._weights, self._bias)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty((len(x), self.out_features))
         kernels.linear(x, self._weights, out, bias=self._bias)
