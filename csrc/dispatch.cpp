@@ -173,7 +173,7 @@ int zt_silu(const zt_silu_args* a) {
 int zt_linear(const zt_linear_args* a) {
   const bool ok = a && a->x && a->weights && a->out && a->rows > 0 && a->inputs > 0 && a->outputs > 0 &&
                   (!a->weight_scales || (a->groups > 0 && a->groups * 4 <= a->inputs)) && (a->dtype == ZT_BF16 || a->dtype == ZT_F32) &&
-                  a->num_threads > 0;
+                  (a->out_dtype == a->dtype || (a->weight_scales && a->out_dtype == ZT_F32)) && a->num_threads > 0;
   return ok ? selected()->linear(a) : ZT_BAD_ARGUMENT;
 }
 

@@ -9,6 +9,9 @@
 // memory as the signed operand. A target that takes the 128 back has a QUAD_OFFSET of 0. A row's result depends on that row alone, to the bit:
 // integers add up alike in any order. Groups keep a loud channel from costing the others their resolution. Work item = (panel, block of rows);
 // the panel stays in cache.
+//
+// `fine` activations are two rows of codes: x, and what is left of x on a scale 254 times finer. Weights, which a few rows wait for, are read once for
+// both.
 #include "kernels.h"
 
 namespace {
@@ -52,8 +55,10 @@ static __attribute__((noinline)) void int8_strip(const int8_t* x, int64_t x_stri
   }
 }
 
+// To codes, and with `fine` to two rows of them: `codes`, scale and sum are then those of the first row, the second's are after them.
 template <class S>
-static void quantise_row(const typename S::T* x, int64_t inputs, int64_t padded, int64_t groups, int8_t* codes, float* scale, int32_t* sum) {
+static void quantise_row(const typename S::T* x, int64_t inputs, int64_t padded, int64_t groups, bool fine, int8_t* codes, float* scale,
+                         int32_t* sum) {
   const int64_t size = padded / groups;
   alignas(64) float lanes[16];
   for (int64_t g = 0; g < groups; g++) {
@@ -73,40 +78,51 @@ static void quantise_row(const typename S::T* x, int64_t inputs, int64_t padded,
     const float inverse = most > 0 ? 127 / most : 0;
     for (int64_t k = begin; k < whole; k += 16) store_i8(codes + k, mul(S::get(x + k), set1(inverse)));
     for (int64_t k = whole; k < end; k++) codes[k] = int8_t(__builtin_rintf(S::get1(x + k) * inverse));
-    for (int64_t k = end; k < begin + size; k++) codes[k] = 0;
-    int32_t total = 0;
-    for (int64_t k = begin; k < end; k++) total += codes[k];
-    scale[g] = most / 127;
-    sum[g] = total;
+    for (int part = 0; part <= fine; part++) {
+      int8_t* row = codes + part * padded;
+      if (part) {  // half a step at most is left
+        for (int64_t k = begin; k < whole; k += 16)
+          store_i8(row + k, mul(sub(mul(S::get(x + k), set1(inverse)), load_i8(codes + k)), set1(254)));
+        for (int64_t k = whole; k < end; k++) row[k] = int8_t(__builtin_rintf((S::get1(x + k) * inverse - codes[k]) * 254));
+      }
+      for (int64_t k = end; k < begin + size; k++) row[k] = 0;
+      int32_t total = 0;
+      for (int64_t k = begin; k < end; k++) total += row[k];
+      scale[part * groups + g] = part ? most / (127 * 254.0f) : most / 127;
+      sum[part * groups + g] = total;
+    }
   }
 }
 
-template <class S>
+template <class S, class Out>
 static int linear_int8(const zt_linear_args* a) {
   const int64_t inputs = (a->inputs + 4 * a->groups - 1) / (4 * a->groups) * 4 * a->groups;
-  const int64_t panels = (a->outputs + PANEL - 1) / PANEL, row_blocks = (a->rows + ROW_BLOCK - 1) / ROW_BLOCK;
+  const int parts = a->fine ? 2 : 1;
+  const int64_t all = a->rows * parts;  // rows of codes
+  const int64_t panels = (a->outputs + PANEL - 1) / PANEL, row_blocks = (all + ROW_BLOCK - 1) / ROW_BLOCK;
   const int64_t steps = inputs / a->groups / 4;
   decltype(&int8_strip<1>) const strips[] = {int8_strip<1>, int8_strip<2>, int8_strip<3>, int8_strip<4>, int8_strip<5>, int8_strip<6>};
-  static_assert(QUAD_ROWS <= 6, "a strip has a function for every count of rows");
-  int8_t* codes = (int8_t*)__builtin_malloc(size_t(a->rows) * size_t(inputs + 8 * a->groups));
+  static_assert(QUAD_ROWS <= 6 && QUAD_ROWS > 1, "a strip has a function for every count of rows, and room for both parts of one");
+  const int strip_rows = QUAD_ROWS / parts * parts;
+  int8_t* codes = (int8_t*)__builtin_malloc(size_t(all) * size_t(inputs + 8 * a->groups));
   if (!codes) return ZT_NO_MEMORY;
-  float* scale = (float*)(codes + a->rows * inputs);
-  int32_t* sum = (int32_t*)(scale + a->rows * a->groups);
+  float* scale = (float*)(codes + all * inputs);
+  int32_t* sum = (int32_t*)(scale + all * a->groups);
 #pragma omp parallel num_threads(a->num_threads)
   {
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < a->rows; r++)
-      quantise_row<S>((const typename S::T*)a->x + r * a->inputs, a->inputs, inputs, a->groups, codes + r * inputs, scale + r * a->groups,
-                      sum + r * a->groups);
+      quantise_row<S>((const typename S::T*)a->x + r * a->inputs, a->inputs, inputs, a->groups, parts == 2, codes + r * parts * inputs,
+                      scale + r * parts * a->groups, sum + r * parts * a->groups);
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < panels * row_blocks; item++) {
       alignas(64) float total[QUAD_ROWS * PANEL];
       const int64_t panel = item / row_blocks, first = item % row_blocks * ROW_BLOCK;
-      const int64_t last = first + ROW_BLOCK < a->rows ? first + ROW_BLOCK : a->rows;
+      const int64_t last = first + ROW_BLOCK < all ? first + ROW_BLOCK : all;
       const uint8_t* weights = (const uint8_t*)a->weights + panel * PANEL * inputs;
       const int64_t width = a->outputs - panel * PANEL < PANEL ? a->outputs - panel * PANEL : PANEL;
-      for (int64_t row = first; row < last; row += QUAD_ROWS) {
-        const int count = int(last - row < QUAD_ROWS ? last - row : QUAD_ROWS);
+      for (int64_t row = first; row < last; row += strip_rows) {
+        const int count = int(last - row < strip_rows ? last - row : strip_rows);
         __builtin_memset(total, 0, sizeof total);
         for (int64_t g = 0; g < a->groups; g++) {
           const int8_t* x = codes + row * inputs + g * steps * 4;
@@ -115,12 +131,14 @@ static int linear_int8(const zt_linear_args* a) {
           const int32_t* shift = sum + row * a->groups + g;
           strips[count - 1](x, inputs, w, steps, by, shift, a->groups, total);
         }
-        for (int r = 0; r < count; r++) {
-          typename S::T* to = (typename S::T*)a->out + (row + r) * a->outputs + panel * PANEL;
+        for (int r = 0; r < count; r += parts) {
+          typename Out::T* to = (typename Out::T*)a->out + (row + r) / parts * a->outputs + panel * PANEL;
           const float *by = a->weight_scales + panel * PANEL, *bias = a->bias ? a->bias + panel * PANEL : nullptr;
           // Scales and biases are padded to whole panels; outputs are not.
-          for (int64_t o = 0; o < width; o += 16)
-            put_some<S>(to + o, fma(load(total + r * PANEL + o), load(by + o), bias ? load(bias + o) : zero()), width - o);
+          for (int64_t o = 0; o < width; o += 16) {
+            const vec coarse = load(total + r * PANEL + o), sum = parts == 2 ? add(coarse, load(total + (r + 1) * PANEL + o)) : coarse;
+            put_some<Out>(to + o, fma(sum, load(by + o), bias ? load(bias + o) : zero()), width - o);
+          }
         }
       }
     }

@@ -21,11 +21,16 @@ from zen_turbo.native import selected_isa, use_isa
 DTYPES = [torch.bfloat16, torch.float32]
 
 
+def codes_of(weights: kernels.PackedWeights) -> torch.Tensor:
+    """float64 [outputs, padded inputs], without scales."""
+    panels, quads, width, _ = weights.codes.shape
+    return weights.codes.transpose(1, 2).reshape(panels * width, quads * 4)[: weights.outputs].double() - 128
+
+
 def exact(x: torch.Tensor, weights: kernels.PackedWeights, bias: torch.Tensor | None) -> torch.Tensor:
     """float64: x quantised as the kernel says it, times the weight that the codes stand for."""
-    panels, quads, width, _ = weights.codes.shape
-    codes = weights.codes.transpose(1, 2).reshape(panels * width, quads * 4)[: weights.outputs].double() - 128
-    padded = torch.zeros(len(x), quads * 4)
+    codes = codes_of(weights)
+    padded = torch.zeros(len(x), codes.shape[1])
     padded[:, : weights.inputs] = x.float()
     parts = padded.view(len(x), weights.groups, -1)
     largest = parts.abs().amax(dim=2, keepdim=True)
@@ -35,18 +40,51 @@ def exact(x: torch.Tensor, weights: kernels.PackedWeights, bias: torch.Tensor | 
     return y if bias is None else y + bias[: weights.outputs].double()
 
 
-def check_against(expected: torch.Tensor, x: torch.Tensor, weights: kernels.PackedWeights, bias: torch.Tensor | None, **tolerance: float) -> None:
+def check_against(
+    expected: torch.Tensor,
+    x: torch.Tensor,
+    weights: kernels.PackedWeights,
+    bias: torch.Tensor | None,
+    *,
+    fine: bool = False,
+    **tolerance: float,
+) -> torch.Tensor:
     """What the kernel makes of x, and that neither threads nor the other rows change a bit of it."""
-    out = torch.full((len(x), weights.outputs), float("nan"), dtype=x.dtype)
-    kernels.linear(x, weights, out, bias=bias)
+    out = torch.full((len(x), weights.outputs), float("nan"), dtype=torch.float32 if fine else x.dtype)
+    kernels.linear(x, weights, out, bias=bias, fine=fine)
     torch.testing.assert_close(out.double(), expected, **tolerance)
     again = torch.empty_like(out)
-    kernels.linear(x, weights, again, bias=bias, num_threads=1)
+    kernels.linear(x, weights, again, bias=bias, fine=fine, num_threads=1)
     assert torch.equal(out, again)
     for row in range(0, len(x), max(1, len(x) // 3)):
         alone = torch.empty_like(out[:1])
-        kernels.linear(x[row : row + 1].contiguous(), weights, alone, bias=bias)
+        kernels.linear(x[row : row + 1].contiguous(), weights, alone, bias=bias, fine=fine)
         assert torch.equal(alone[0], out[row]), "a row depends on itself alone"
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f32"])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "bias"), [(1, 64, 64, False), (2, 896, 1152, True), (7, 4865, 130, False), (200, 100, 65, True)]
+)
+def test_fine_activations_have_sixteen_bits(isa: str, dtype: torch.dtype, rows: int, inputs: int, outputs: int, bias: bool) -> None:
+    """Against exact products with the weight that the codes stand for; eight bits are a hundred times as far off."""
+    generator = torch.Generator().manual_seed(inputs)
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    x[:, 0] *= 50
+    x[rows // 2 : rows // 2 + (rows > 1)] = 0
+    weights = kernels.pack_int8(torch.randn(outputs, inputs, generator=generator))
+    offset = torch.randn(weights.padded_outputs, generator=generator) if bias else None
+    expected = x.double() @ codes_of(weights)[:, :inputs].T * weights.scales[:outputs].double()
+    if offset is not None:
+        expected += offset[:outputs].double()
+    step = x.float().abs().amax() / 127 / 254
+    deviation = step / 12**0.5 * (codes_of(weights).norm(dim=1) * weights.scales[:outputs]).max()  # of roundings
+    found = check_against(expected, x, weights, offset, fine=True, rtol=1e-5, atol=6 * float(deviation))
+    coarse = torch.empty(rows, outputs)
+    kernels.linear(x, weights, coarse, bias=offset)
+    error, coarse_error = (found.double() - expected).norm(), (coarse.double() - expected).norm()
+    assert error < coarse_error / 100
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f32"])

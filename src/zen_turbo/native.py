@@ -147,6 +147,8 @@ class LinearArgs(ctypes.Structure):
         ("outputs", _int64),
         ("groups", _int64),
         ("dtype", _int32),
+        ("out_dtype", _int32),
+        ("fine", _int32),
         ("num_threads", _int32),
     )
 

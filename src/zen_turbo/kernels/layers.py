@@ -110,14 +110,23 @@ def pack_bf16(weight: torch.Tensor) -> PackedWeights:
 
 
 def linear_args(
-    x: torch.Tensor, weights: PackedWeights, out: torch.Tensor, *, bias: torch.Tensor | None = None, num_threads: int | None = None
+    x: torch.Tensor,
+    weights: PackedWeights,
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    fine: bool = False,
+    num_threads: int | None = None,
 ) -> native.LinearArgs:
     """out = x W^T + bias. x: bf16 or f32 [rows, inputs]; with 8-bit weights it is quantised here, per row and group, otherwise products and sums
-    are in float32. out: [rows, outputs] of the same dtype; both contiguous. bias: float32 [padded_outputs]. A row's result depends on that row
-    alone, to the bit."""
+    are in float32. out: [rows, outputs] of the same dtype, or with 8-bit weights float32; both contiguous. bias: float32 [padded_outputs]. fine: with
+    8-bit weights, x is quantised to sixteen bits instead of eight, for twice the products and as many bytes of weights. A row's result depends on
+    that row alone, to the bit."""
     rows = x.shape[0]
     need(x.shape == (rows, weights.inputs) and x.dtype in DTYPES and x.is_contiguous(), f"x must be contiguous [rows, {weights.inputs}]")
-    need(out.shape == (rows, weights.outputs) and out.dtype == x.dtype and out.is_contiguous(), f"out must be {x.dtype} [{rows}, {weights.outputs}]")
+    need(weights.scales is not None or not fine, "only 8-bit weights know fine activations")
+    same = out.dtype == x.dtype or (weights.scales is not None and out.dtype == torch.float32)
+    need(out.shape == (rows, weights.outputs) and same and out.is_contiguous(), f"out must be {x.dtype} [{rows}, {weights.outputs}]")
     padded = weights.padded_outputs
     need(bias is None or (bias.dtype == torch.float32 and bias.shape == (padded,)), f"bias must be float32 [{padded}]: whole panels")
     return native.LinearArgs(
@@ -131,6 +140,8 @@ def linear_args(
         weights.outputs,
         weights.groups,
         DTYPES[x.dtype],
+        DTYPES[out.dtype],
+        fine,
         num_threads or torch.get_num_threads(),
     )
 

@@ -201,8 +201,8 @@ class LayerWeights(NamedTuple):
 
 
 class TokenBatch:
-    """So many rows on their way through all layers: ``residual`` float32 [rows, hidden], which the caller fills, and ``delta`` [rows, hidden], the last
-    layer's output, not added yet."""
+    """So many rows on their way through all layers: ``residual`` float32 [rows, hidden], which the caller fills, and ``delta`` [rows, hidden], the
+    last layer's output, not added yet."""
 
     def __init__(self, layers: Sequence[LayerWeights], *, rows: int, dtype: torch.dtype, eps: float) -> None:
         first = layers[0]

@@ -34,7 +34,7 @@ from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.errors import UnsupportedModelError
 from zen_turbo.kernels import LayerWeights, PageView, TokenBatch, TokenLayer
 from zen_turbo.models.config import ModelConfig
-from zen_turbo.models.linear import LINEARS, TILE_ROWS, KernelLinear, Linear, fitting_linear, linear_arithmetic
+from zen_turbo.models.linear import LINEARS, TILE_ROWS, KernelLinear, Linear, head_linear, linear_arithmetic
 from zen_turbo.models.loader import Checkpoint
 
 # Rows of logits that are looked at together: 40 MB with a vocabulary of 150,000.
@@ -126,10 +126,11 @@ class Decoder:
                 on_layer(index + 1, config.num_hidden_layers)
         self._norm = checkpoint.tensor("model.norm.weight", torch.float32)
         head = self._embedding if config.tie_word_embeddings else checkpoint.tensor("lm_head.weight", self.dtype)
-        self._head = fitting_linear(head)
+        self._head = head_linear(head)
         self._token_attention = self._prepare_tokens()
         self._layer_weights = self._prepare_layers()
         self._batches: dict[int, TokenBatch] = {}  # by rows
+        self._uses_onednn = self._layer_weights is None or not isinstance(self._head, KernelLinear)
 
     def _prepare_tokens(self) -> TokenAttention | None:
         """What attends to the tokens of answers natively, None where a layer has a window."""
@@ -223,12 +224,12 @@ class Decoder:
     def decode_tokens(self, tokens: Sequence[TokenRow]) -> torch.Tensor:
         """One token of each of several sequences, stored and answered: logits, f32 [tokens, V].
 
-        The linear layers, whose weights a token mostly waits for, run for all of them at once; each attends to its own pages. There are never
-        fewer than two rows, so that a row gives the same bits whoever shares its batch: oneDNN computes a single row in another order.
+        The linear layers, whose weights a token mostly waits for, run for all of them at once; each attends to its own pages. A row gives the
+        same bits whoever shares its batch, so with oneDNN, which computes a single row in another order, there are never fewer than two.
         """
         self.timers = Timers()
         ids = [token.token_id for token in tokens]
-        residual = self._embedding[torch.tensor(ids if len(ids) > 1 else ids * 2)].float()
+        residual = self._embedding[torch.tensor(ids * 2 if len(ids) == 1 and self._uses_onednn else ids)].float()
         natively = self._token_attention is not None and all(self._token_attention.serves(token.answer) for token in tokens)
         through = self._tokens_natively if natively else self._tokens_by_call
         residual, delta = through(tokens, residual)

@@ -10,7 +10,8 @@ oneDNN's bf16 needs AVX-512. Without it torch multiplies bf16 at an eighth of th
 products and sums.
 
 8-bit integers take half the memory and, from AVX2 on, about half the time; what they cost is measured by
-``bench fidelity --linear-dtype int8``.
+``bench fidelity --linear-dtype int8``. What costs is the activations: with these in sixteen bits, a head of 8-bit weights is as near to exact
+arithmetic as one in bf16, whose logits are rounded, and a token waits for half as many bytes.
 """
 
 from __future__ import annotations
@@ -65,14 +66,21 @@ class Linear:
 
 
 class KernelLinear(Linear):
-    """The same by our own kernels. pack: what the weight becomes; results have the dtype of the weight."""
+    """The same by our own kernels. pack: what the weight becomes; results have the dtype of the weight. fine: 8-bit weights meet activations of
+    sixteen bits, and results are float32."""
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, pack: Callable[[torch.Tensor], kernels.PackedWeights] = kernels.pack_bf16
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        pack: Callable[[torch.Tensor], kernels.PackedWeights] = kernels.pack_bf16,
+        fine: bool = False,
     ) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self._weights = pack(weight)
+        self._fine = fine
         self._bias = None
         if bias is not None:
             self._bias = torch.zeros(self._weights.padded_outputs)
@@ -83,8 +91,8 @@ class KernelLinear(Linear):
         return kernels.LinearWeights(self._weights, self._bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty((len(x), self.out_features))
-        kernels.linear(x, self._weights, out, bias=self._bias)
+        out = x.new_empty((len(x), self.out_features), dtype=torch.float32 if self._fine else x.dtype)
+        kernels.linear(x, self._weights, out, bias=self._bias, fine=self._fine)
         return out
 
 
@@ -92,6 +100,13 @@ def fitting_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Li
     """The fastest layer of this CPU that keeps the weight as it is."""
     kind = KernelLinear if weight.dtype == torch.bfloat16 and not packing_available() else Linear
     return kind(weight, bias)
+
+
+def head_linear(weight: torch.Tensor) -> Linear:
+    """The output head: in bf16 engines of 8-bit weights and 16-bit activations, as exact as bf16 and half the bytes; else as the weight is."""
+    if weight.dtype == torch.bfloat16 and selected_isa() != "scalar":
+        return KernelLinear(weight, pack=kernels.pack_int8, fine=True)
+    return fitting_linear(weight)
 
 
 # Weights on 8-bit integers; activations are quantised row by row.
