@@ -53,6 +53,16 @@ static inline float to_integers(const float* x, const float* scales, int count, 
   return most * (1.0f / 32767.0f);
 }
 
+// What is read next, fetched a few lines at a time: all at once would fill the buffers that memory is read through, and then the core waits for them.
+struct Ahead {
+  const char *at, *end;
+  int64_t bytes;  // at a time
+  void fetch() {
+    const char* stop = end - at < bytes ? end : at + bytes;
+    for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 // One int8 page and all rows of a tile. `next`: the page after it, or null.
 template <class Dot>
 static void code_page(const Tile<Dot>& t, Scratch<Dot>& w, CodeScratch& c, const char* page, int32_t entry, bool masked, const char* next) {
@@ -61,18 +71,21 @@ static void code_page(const Tile<Dot>& t, Scratch<Dot>& w, CodeScratch& c, const
   const char* values = page + int64_t(ZT_PAGE) * head_dim;
   const float* k_scales = (const float*)(values + int64_t(ZT_PAGE) * head_dim);
   const float* v_scales = k_scales + head_dim;
-  const int64_t bytes = int8_page_bytes(head_dim), half = bytes / 128 * 64;
-  for (int64_t at = 0; next && at < half; at += 64) __builtin_prefetch(next + at, 0, 2);
+  const int64_t bytes = int8_page_bytes(head_dim);
+  Ahead ahead = {next, next ? next + bytes : next, (bytes / 64 / (3 * t.rows) + 1) * 64};
   // By bounds, which cost less than the largest product of each row: a few bits of fifteen.
   const float most_k = most_of(k_scales, head_dim), most_v = most_of(v_scales, ZT_PAGE);
   for (int row = 0; row < t.rows; row += most_rows) {
     const int rows = t.rows - row < most_rows ? t.rows - row : most_rows;
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+      ahead.fetch();
       c.scale[r] = to_integers<Codes>(c.q[entry & 3] + int64_t(row + r) * head_dim, k_scales, head_dim, c.most[entry & 3][row + r] * most_k,
                                       c.a + int64_t(r) * head_dim);
+    }
     product<Codes, false>(rows, c.a, head_dim, head_dim / Codes::PAIR, &page, 1, int64_t(head_dim) * 16, Codes::STEP_BYTES, ZT_PAGE / 16, c.s,
                           ZT_PAGE);
     for (int r = 0; r < rows; r++) {
+      ahead.fetch();
       float* s = c.s + r * ZT_PAGE;
       float* p = c.p + int64_t(row + r) * ZT_PAGE;
       for (int k = 0; k < ZT_PAGE; k += 16) store(s + k, mul(Codes::sums(s + k), set1(c.scale[r])));
@@ -81,10 +94,10 @@ static void code_page(const Tile<Dot>& t, Scratch<Dot>& w, CodeScratch& c, const
                                head_dim);
     }
   }
-  for (int64_t at = half; next && at < bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
   for (int row = 0; row < t.rows; row += most_rows) {
     const int rows = t.rows - row < most_rows ? t.rows - row : most_rows;
     for (int r = 0; r < rows; r++) {
+      ahead.fetch();
       const float* p = c.p + int64_t(row + r) * ZT_PAGE;
       c.scale[r] = to_integers<Codes>(p, v_scales, ZT_PAGE, most_of(p, ZT_PAGE) * most_v, c.a + int64_t(r) * ZT_PAGE);
     }
