@@ -186,20 +186,45 @@ static inline __attribute__((always_inline)) void softmax_row(const float* s, ty
   store(sum, total);
 }
 
+// Pages that are read next, fetched a few lines at a time: many at once would fill the buffers that memory is read through, and then the core waits
+// for them.
+struct Ahead {
+  const char* const* pages;
+  int count;
+  int64_t page_bytes, lines;  // lines: at a time
+  int page = 0;
+  int64_t at = 0;
+
+  // To be fetched in so many times.
+  static Ahead plan(const char* const* pages, int count, int64_t page_bytes, int times) {
+    return {pages, count, page_bytes, (count * page_bytes / 64 + times - 1) / times};
+  }
+  void fetch() {
+    for (int64_t line = 0; line < lines && page < count; line++) {
+      __builtin_prefetch(pages[page] + at, 0, 2);
+      if ((at += 64) >= page_bytes) at = 0, page++;
+    }
+  }
+};
+
+// Calls ahead.fetch num_pages + rows times.
 template <class Dot>
 static void strip(const Tile<Dot>& t, Scratch<Dot>& w, int row, int rows, const char* const* k_pages, const int32_t* entry,
-                  const bool* masked, int num_pages) {
+                  const bool* masked, int num_pages, Ahead& ahead) {
   const int head_dim = t.head_dim;
   for (int i = 0; i < num_pages; i++) {
+    ahead.fetch();
     const typename Dot::A* q = w.q[entry[i] & 3] + int64_t(row) * head_dim;
     product<Dot, false>(rows, q, head_dim, head_dim / Dot::PAIR, k_pages + i, 1, int64_t(head_dim) * Dot::STORED_BYTES * 16, Dot::STEP_BYTES,
                            ZT_PAGE / 16, w.s + i * ZT_PAGE, KEYS);
     if (masked[i])
       for (int r = 0; r < rows; r++) mask_scores<Dot>(w.s + r * KEYS + i * ZT_PAGE, entry[i] >> 2, w.position[row + r], t.window);
   }
-  for (int r = 0; r < rows; r++)
+  for (int r = 0; r < rows; r++) {
+    ahead.fetch();
     softmax_row<Dot>(w.s + r * KEYS, w.p + r * KEYS, num_pages * ZT_PAGE, w.factor[row + r], w.top + row + r, w.sum + (row + r) * 16,
                      w.o + int64_t(row + r) * head_dim, head_dim);
+  }
   const char* v_pages[BATCH] = {};
   for (int i = 0; i < num_pages; i++) v_pages[i] = k_pages[i] + int64_t(ZT_PAGE) * head_dim * Dot::STORED_BYTES;
   product<Dot, true>(rows, w.p, KEYS, ZT_PAGE / Dot::PAIR, v_pages, num_pages, Dot::STEP_BYTES, int64_t(head_dim) * Dot::STEP_BYTES / 16,
@@ -226,13 +251,11 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
   bool loaded[3] = {false, false, false};
   const int64_t elements = 2 * int64_t(ZT_PAGE) * head_dim;
   const int64_t page_bytes = t.int8 ? int8_page_bytes(head_dim) : elements * Dot::STORED_BYTES;
-  const int strips = (t.rows + Dot::ROWS - 1) / Dot::ROWS;
-  const int most_rows = strip_rows<Dot>(t.rows);
-  const int64_t share = (BATCH * page_bytes / 64 + strips - 1) / strips;  // cache lines of the next batch fetched per strip
+  const int most_rows = strip_rows<Dot>(t.rows), strips = (t.rows + most_rows - 1) / most_rows;
 
   for (int64_t e = 0; e < t.num_entries; e += BATCH) {
     const int count = int(t.num_entries - e < BATCH ? t.num_entries - e : BATCH);
-    const int ahead = int(t.num_entries - e - count < BATCH ? t.num_entries - e - count : BATCH);
+    const int num_next = int(t.num_entries - e - count < BATCH ? t.num_entries - e - count : BATCH);
     const char* k_pages[BATCH];
     const char* next[BATCH];
     bool masked[BATCH];
@@ -253,17 +276,10 @@ static void run_tile(const Tile<Dot>& t, Scratch<Dot>& w) {
         loaded[variant] = true;
       }
     }
-    for (int i = 0; i < ahead; i++) next[i] = t.pages + int64_t(t.page_table[t.entries[e + count + i] >> 2]) * t.slot_stride;
-    int64_t line = 0;
-    for (int row = 0; row < t.rows; row += most_rows) {
-      for (int64_t l = line; l < line + share; l++) {
-        const int64_t at = l * 64;
-        const int i = at >= page_bytes ? 1 : 0;
-        if (i < ahead && at - i * page_bytes < page_bytes) __builtin_prefetch(next[i] + (at - i * page_bytes), 0, 2);
-      }
-      line += share;
-      strip<Dot>(t, w, row, t.rows - row < most_rows ? t.rows - row : most_rows, k_pages, t.entries + e, masked, count);
-    }
+    for (int i = 0; i < num_next; i++) next[i] = t.pages + int64_t(t.page_table[t.entries[e + count + i] >> 2]) * t.slot_stride;
+    Ahead ahead = Ahead::plan(next, num_next, page_bytes, strips * count + t.rows);
+    for (int row = 0; row < t.rows; row += most_rows)
+      strip<Dot>(t, w, row, t.rows - row < most_rows ? t.rows - row : most_rows, k_pages, t.entries + e, masked, count, ahead);
   }
 }
 

@@ -53,16 +53,6 @@ static inline float to_integers(const float* x, const float* scales, int count, 
   return most * (1.0f / 32767.0f);
 }
 
-// What is read next, fetched a few lines at a time: all at once would fill the buffers that memory is read through, and then the core waits for them.
-struct Ahead {
-  const char *at, *end;
-  int64_t bytes;  // at a time
-  void fetch() {
-    const char* stop = end - at < bytes ? end : at + bytes;
-    for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
-  }
-};
-
 // One int8 page and all rows of a tile. `next`: the page after it, or null.
 template <class Dot>
 static void code_page(const Tile<Dot>& t, Scratch<Dot>& w, CodeScratch& c, const char* page, int32_t entry, bool masked, const char* next) {
@@ -71,8 +61,7 @@ static void code_page(const Tile<Dot>& t, Scratch<Dot>& w, CodeScratch& c, const
   const char* values = page + int64_t(ZT_PAGE) * head_dim;
   const float* k_scales = (const float*)(values + int64_t(ZT_PAGE) * head_dim);
   const float* v_scales = k_scales + head_dim;
-  const int64_t bytes = int8_page_bytes(head_dim);
-  Ahead ahead = {next, next ? next + bytes : next, (bytes / 64 / (3 * t.rows) + 1) * 64};
+  Ahead ahead = Ahead::plan(&next, next != nullptr, int8_page_bytes(head_dim), 3 * t.rows);
   // By bounds, which cost less than the largest product of each row: a few bits of fifteen.
   const float most_k = most_of(k_scales, head_dim), most_v = most_of(v_scales, ZT_PAGE);
   for (int row = 0; row < t.rows; row += most_rows) {
@@ -124,8 +113,9 @@ static void run_code_tile(const Tile<Dot>& t, Scratch<Dot>& w, CodeScratch& c) {
     if ((entry >> 2) == t.open_page) {
       for (int r = 0; r < t.rows; r++) Dot::load_a(w.q[variant] + int64_t(r) * head_dim, t.q[variant] + r * t.q_stride, head_dim);
       const int most_rows = strip_rows<Dot>(t.rows);
+      Ahead none = {};
       for (int row = 0; row < t.rows; row += most_rows)
-        strip<Dot>(t, w, row, t.rows - row < most_rows ? t.rows - row : most_rows, &t.open, &entry, &masked, 1);
+        strip<Dot>(t, w, row, t.rows - row < most_rows ? t.rows - row : most_rows, &t.open, &entry, &masked, 1, none);
       continue;
     }
     for (int r = 0; r < t.rows && !loaded[variant]; r++) {
