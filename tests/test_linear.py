@@ -14,7 +14,7 @@ from zen_turbo.engine.request import SamplingParams
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.models import linear
 from zen_turbo.models.decoder import Decoder
-from zen_turbo.models.linear import KernelLinear, Linear, fitting_linear, int8_linear, linear_arithmetic, packing_available
+from zen_turbo.models.linear import KernelLinear, Linear, fitting_linear, head_linear, int8_linear, linear_arithmetic, packing_available
 from zen_turbo.models.loader import load_checkpoint
 from zen_turbo.native import selected_isa, use_isa
 
@@ -189,3 +189,27 @@ def test_wrong_arguments_are_refused() -> None:
         values = {"x": x, "out": out, "bias": None, **wrong}
         with pytest.raises(ValueError):
             kernels.linear(values["x"], weights, values["out"], bias=values["bias"])
+    plain, x = kernels.pack_bf16(torch.randn(10, 20).bfloat16()), x.bfloat16()
+    with pytest.raises(ValueError, match="fine"):
+        kernels.linear(x, plain, out.bfloat16(), fine=True)
+    with pytest.raises(ValueError, match="out must be"):
+        kernels.linear(x, plain, out)
+
+
+def test_the_head_of_bf16_engines_is_exact_but_for_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loud channel, as the last norm gives, costs it nothing."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(1000, 896, generator=generator) * 0.02).bfloat16(), torch.randn(30, 896, generator=generator).bfloat16()
+    x[:, 5] *= 30
+    head, eight_bits = head_linear(weight), int8_linear(weight)
+    exact = x.double() @ weight.double().T
+    found = head(x)
+    assert found.dtype == torch.float32 and isinstance(head, KernelLinear)
+
+    def error(logits: torch.Tensor) -> float:
+        return float((logits.double() - exact).norm() / exact.norm())
+
+    assert error(found) < 0.01 < 3 * error(found) < error(eight_bits(x))
+    assert type(head_linear(weight.float())) is Linear, "fp32 engines are oracles"
+    monkeypatch.setattr(linear, "selected_isa", lambda: "scalar")
+    assert type(head_linear(weight)) is type(fitting_linear(weight))
