@@ -10,8 +10,8 @@ oneDNN's bf16 needs AVX-512. Without it torch multiplies bf16 at an eighth of th
 products and sums.
 
 8-bit integers take half the memory and, from AVX2 on, about half the time; what they cost is measured by
-``bench fidelity --linear-dtype int8``. What costs is the activations: with these in sixteen bits, a head of 8-bit weights is as near to exact
-arithmetic as one in bf16, whose logits are rounded, and a token waits for half as many bytes.
+``bench fidelity --linear-dtype int8``. What costs is the activations: with these in sixteen bits, a head of 8-bit weights is about as near to
+exact arithmetic as one in bf16, whose logits are rounded (``scripts/compare_head.py``), and a token waits for half as many bytes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def fitting_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Li
 
 
 def head_linear(weight: torch.Tensor) -> Linear:
-    """The output head: in bf16 engines of 8-bit weights and 16-bit activations, as exact as bf16 and half the bytes; else as the weight is."""
+    """The output head: in bf16 engines of 8-bit weights and 16-bit activations, half the bytes of bf16; else as the weight is."""
     if weight.dtype == torch.bfloat16 and selected_isa() != "scalar":
         return KernelLinear(weight, pack=kernels.pack_int8, fine=True)
     return fitting_linear(weight)
