@@ -257,6 +257,7 @@ def results_table() -> str:
     near = [*rows("passkey_turbo.json"), *rows("passkey_turbo_128k.json")]
     far = rows("marginal_128k_turbo.json")[-1]
     depths = joined([f"{row['depth']:g}" for row in millions])
+    tokens = {way: [row for row in rows("decode_1m_code_turbo.json") if row["attention"] == way] for way in ("sparse", "dense")}
     lines = [
         (
             f"Passkey at {depths} % of {million['length']:,} tokens (sparse prefill, preset turbo, 8-bit KV pages): minutes to the first token,"
@@ -279,6 +280,14 @@ def results_table() -> str:
             f"{far['length']:,} tokens of code read with the preset turbo: against dense attention, and over the bf16 linear layers alone",
             f"{far['read_s']:.0f} s, {far['speedup']:.1f}x, {far['floor_ratio']:.2f}x",
             "marginal_128k_turbo.json",
+        ),
+        (
+            "A token of an answer after 4,096, 131,072 and 1,000,000 tokens of code, with the settings of the first line; every page read",
+            ", ".join(f"{row['tpot_ms']:.0f}" for row in tokens["sparse"])
+            + " ms; "
+            + ", ".join(f"{row['tpot_ms']:.0f}" for row in tokens["dense"])
+            + " ms",
+            "decode_1m_code_turbo.json",
         ),
         (
             f"A short question while {while_reading['long_tokens']:,} tokens are being read: first token, 95th percentile",
