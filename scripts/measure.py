@@ -95,6 +95,8 @@ def measurements() -> dict[str, Measurement]:
             add(f"decode_int8_{text}_{preset}", minutes, *decode, "--preset", preset, "--text", text, "--kv-dtype", "int8")
     million = ["--contexts", "4096,131072,1000000", "--tokens", "200", "--preset", "turbo", "--text", "code", "--kv-dtype", "int8"]
     add("decode_1m_code_turbo", 55, "bench", "decode", *million, "--store", "logs/store_decode_1m")
+    thousand = ["--contexts", "4096,131072", "--tokens", "1000", *million[4:], "--store", "logs/store_decode_1m"]
+    add("decode_1000_code_turbo", 10, "bench", "decode", *thousand)
     add("serve", 45, "bench", "serve", *preset_of("turbo"))
     add("serve_load", 20, "bench", "serve", "--cases", "load", *preset_of("turbo"))
     store = [*preset_of("turbo"), "--store"]
