@@ -4,8 +4,8 @@
     .venv/bin/python scripts/frontier.py
 
 The records are those of ``bench fidelity``: results/fidelity_* for the presets, results/frontier/ for everything else, at the lengths where there is
-something else. A point is the mean over the texts that every policy was measured on. Linear layers are in bf16 everywhere, so ``turbo`` is drawn without its
-8-bit ones.
+something else. A point is the mean over the texts that every policy was measured on. Linear layers are in bf16 everywhere, so ``turbo`` is drawn
+without its 8-bit ones.
 """
 
 from __future__ import annotations
