@@ -4,6 +4,8 @@
 
 namespace {
 
+int64_t lists_of(const zt_select_args* a) { return a->per_kv_head ? a->kv_heads : a->q_heads; }
+
 // Pages of the layer's list, chosen anew where it is the layer's turn.
 int choose(const zt_token_row* row, zt_token_layer* layer, int64_t index) {
   const int64_t page = row->position / ZT_PAGE;
@@ -16,7 +18,7 @@ int choose(const zt_token_row* row, zt_token_layer* layer, int64_t index) {
   layer->chosen_page = -1;
   if (const int status = zt_select_pages(a)) return status;
   for (int pass = 0; a->valid_pages && pass < (a->bound_pages ? 2 : 1); pass++) a->valid_pages[pass] = page;
-  const int64_t lists = a->per_kv_head ? a->kv_heads : a->q_heads, words = page / 64 + 1;
+  const int64_t lists = lists_of(a), words = page / 64 + 1;
   layer->offsets[0] = 0;
   for (int64_t list = 0; list < lists; list++) layer->offsets[list + 1] = layer->offsets[list] + a->counts[list];
   if (layer->offsets[lists] > layer->most_entries) return ZT_BAD_ARGUMENT;
@@ -51,7 +53,7 @@ int attend_token(const zt_token_row* row, int64_t index, const void* qkv, void* 
   attend->lse = sampled ? row->lse_kept : nullptr;
   attend->list_offsets = chosen ? layer->offsets : row->dense_offsets;
   attend->list_entries = chosen ? layer->entries : row->dense_entries;
-  attend->heads_per_list = chosen && layer->select.per_kv_head ? attend->q_heads / attend->kv_heads : chosen ? 1 : attend->q_heads;
+  attend->heads_per_list = attend->q_heads / (chosen ? lists_of(&layer->select) : 1);
   if (const int status = zt_decode(attend)) return status;
   if (!sampled) return ZT_OK;
   zt_attend_args full = *attend;

@@ -113,7 +113,8 @@ def test_a_choice_outlives_its_sequence(tiny_folder: Path, monkeypatch: pytest.M
 
     def spy(self: TokenAttention, answer: Answer, position: int) -> TokenSequence:
         if position % 7 == 3 and answer.sequence is not None:
-            answer.sequence.views[0] = answer.sequence.views[0]._replace(page_table=answer.sequence.views[0].page_table.clone())
+            views = answer.sequence._views
+            views[0] = views[0]._replace(page_table=views[0].page_table.clone())
             made.append(position)
         return begin(self, answer, position)
 

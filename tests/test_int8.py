@@ -110,7 +110,7 @@ def test_attention_is_that_of_what_the_codes_stand_for(
     last = length - 1
     lists = blocks.dense_lists(first_position=last, num_rows=1, num_heads=heads, span_pages=None)
     row = torch.full_like(q[-1:], math.nan)
-    kernels.decode((q[-1:].contiguous(), None, None), view, lists, row, position=last, scale=scale)
+    kernels.decode((q[-1:].contiguous(), None, None), view, lists, row, first_position=last, scale=scale)
     assert float((row.double() - expected.out[-1:]).abs().max()) <= 2 * BOUNDS[dtype]
 
 
@@ -135,7 +135,7 @@ def test_a_token_reads_codes_as_a_prompt_does(isa: str, heads: int, window: int 
         expected, found = (torch.full_like(q, math.nan) for _ in range(2))
         expected_lse, found_lse = torch.empty(heads, 1), torch.empty(heads, 1)
         kernels.attend(queries, view, lists, expected, first_position=last, lse=expected_lse, **settings)
-        kernels.decode(queries, view, lists, found, position=last, lse=found_lse, **settings)
+        kernels.decode(queries, view, lists, found, first_position=last, lse=found_lse, **settings)
         bound = 2 * BOUNDS[dtype] * float(expected.float().abs().max().clamp_min(1))
         assert float((found.float() - expected.float()).abs().max()) <= bound
         torch.testing.assert_close(found_lse, expected_lse, rtol=1e-3, atol=0.02)  # keys that attend rounds to bf16

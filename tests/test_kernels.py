@@ -147,7 +147,7 @@ def test_decode(isa: str, length: int, heads: int, kv_heads: int, head_dim: int,
     q = case.q[-1:].contiguous()
     lists = blocks.dense_lists(first_position=length - 1, num_rows=1, num_heads=heads, span_pages=None)
     out, lse = torch.empty_like(q), torch.empty(heads, 1)
-    kernels.decode((q, None, None), case.view, lists, out, position=length - 1, scale=case.scale, lse=lse)
+    kernels.decode((q, None, None), case.view, lists, out, first_position=length - 1, scale=case.scale, lse=lse)
     expected = reference.attention(
         q, case.k, case.v, q_positions=torch.tensor([length - 1]), k_positions=torch.arange(length), scale=case.scale
     )
@@ -166,7 +166,7 @@ def test_decode_of_lists_of_different_lengths(isa: str, pages: tuple[int, int], 
     entries = torch.tensor([page * 4 for each in kept for page in each], dtype=torch.int32)
     lists = BlockLists(torch.tensor([0, pages[0], sum(pages)]), entries, heads // 2)
     out, lse = torch.empty_like(q), torch.empty(heads, 1)
-    kernels.decode((q, None, None), case.view, lists, out, position=length - 1, scale=case.scale, lse=lse)
+    kernels.decode((q, None, None), case.view, lists, out, first_position=length - 1, scale=case.scale, lse=lse)
     for head in range(heads):
         tokens = torch.cat([torch.arange(page * 64, min(page * 64 + 64, length)) for page in kept[head // 4]])
         own = slice(head // 4, head // 4 + 1)
@@ -187,7 +187,7 @@ def test_decode_does_not_depend_on_the_number_of_threads(isa: str) -> None:
     lists = blocks.dense_lists(first_position=1999, num_rows=1, num_heads=8, span_pages=None)
     outs = [torch.empty_like(q) for _ in range(3)]
     for threads, out in zip((1, 2, 5), outs, strict=True):
-        kernels.decode((q, None, None), case.view, lists, out, position=1999, scale=case.scale, num_threads=threads)
+        kernels.decode((q, None, None), case.view, lists, out, first_position=1999, scale=case.scale, num_threads=threads)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 

@@ -31,7 +31,8 @@ _pointer = ctypes.c_void_p
 _int64 = ctypes.c_int64
 _int32 = ctypes.c_int32
 _float = ctypes.c_float
-_Args = TypeVar("_Args", bound=ctypes.Structure)
+Args = ctypes.Structure  # of any function
+_Args = TypeVar("_Args", bound=Args)
 
 
 class PageViewArgs(ctypes.Structure):
@@ -345,15 +346,12 @@ def int64s(values: Iterable[int], count: int = NUM_VARIANTS) -> ctypes.Array[cty
     return (_int64 * count)(*values)
 
 
-Args = ctypes.Structure
-
-
 def array_of(kind: type[_Args], count: int) -> ctypes.Array[_Args]:
     """So many structs in a row, zeros."""
     return (kind * count)()
 
 
-def address(of: ctypes.Structure | ctypes.Array[Any]) -> int:
+def address(of: Args | ctypes.Array[Any]) -> int:
     """Where it lies; whoever keeps the number keeps the object too."""
     return ctypes.addressof(of)
 

@@ -1,4 +1,4 @@
-"""What a person does on the page, and what the tests of the page share. Without Playwright these tests are skipped."""
+"""What a person does on the page, and what the tests of the page share."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from playwright.sync_api import Page, expect
 
-sync_api = pytest.importorskip("playwright.sync_api")
-expect = sync_api.expect
 expect.set_options(timeout=20_000)  # a busy machine is no failure
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="the page is tested in Chromium: sudo apt-get install chromium (Fedora: dnf)")
 NAME = "tiny"
 LIMIT = 4096
-Page = Any  # playwright's, which may be missing
 
 
 def stored(url: str) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
+from browsing import CHROMIUM, LIMIT, NAME, expect, stored
+from playwright.sync_api import Browser, Page, sync_playwright
 from serving import serving, wait_until
 
 from zen_turbo import LLM
@@ -17,32 +19,30 @@ from zen_turbo.server.app import create_app
 
 @pytest.fixture(scope="module")
 def engine(tiny_folder: Path) -> Engine:
-    return LLM(tiny_folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=4096).engine
+    return LLM(tiny_folder, prefill_chunk_tokens=128, kv_cache_bytes=64 << 20, max_model_len=LIMIT).engine
 
 
 @pytest.fixture(scope="module")
 def url(engine: Engine) -> Iterator[str]:
-    with serving(create_app(lambda: engine, model_name="tiny", keep_alive_s=0.2, default_max_tokens=24)) as base:
+    with serving(create_app(lambda: engine, model_name=NAME, keep_alive_s=0.2, default_max_tokens=24)) as base:
         wait_until(lambda: httpx.get(f"{base}/health").status_code == 200)
         yield base
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from browsing import CHROMIUM, sync_api  # a test that needs it has found it
-
-    with sync_api.sync_playwright() as playwright:
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 @pytest.fixture
-def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     """Opens pages of their own storage. Afterwards none of them may have complained; an answer with a bad status is no complaint."""
     contexts, complaints = [], []
 
-    def open_page(address: str, **options: Any) -> Any:
+    def open_page(address: str, **options: Any) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, "permissions": ["clipboard-read", "clipboard-write"], **options})
         contexts.append(context)
         page = context.new_page()
@@ -60,16 +60,12 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture
 def no_files(url: str) -> None:
-    from browsing import stored
-
     for file in stored(url).values():
         httpx.delete(f"{url}/v1/files/{file['id']}")
 
 
 @pytest.fixture
-def page(open_page: Callable[..., Any], url: str, no_files: None) -> Any:
-    from browsing import LIMIT, expect
-
+def page(open_page: Callable[..., Page], url: str, no_files: None) -> Page:
     page = open_page(url)
     expect(page.locator("#context")).to_have_text(f"{LIMIT:,} tokens")
     return page

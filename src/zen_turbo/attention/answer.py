@@ -47,16 +47,10 @@ class TokenAttention:
         sparse = decode is not None and decode.is_sparse(position)
         sample = decode.sampled_layer(position) if decode is not None and sparse else None
         answer.sampled = None if sample is None else (sample, torch.empty(attention.num_heads), torch.empty(attention.num_heads))
-        view, known = answer.pages(0), answer.sequence
-        if known is not None and (view.page_table is not known.views[0].page_table or view.packed is not known.views[0].packed):
-            known = None
-        fits = known is not None and (known.selects or not sparse)
-        dense = self._dense(answer, position) if not sparse or sample is not None or not fits else None
-        if not fits:
-            assert dense is not None
-            answer.sequence = self._sequence(answer, position, dense, sparse=sparse)
         sequence = answer.sequence
-        assert sequence is not None
+        if sequence is None or not sequence.serves(answer.pages(0), sparse=sparse):
+            sequence = answer.sequence = self._sequence(answer, position, sparse=sparse)
+        dense = self._dense(answer, position) if not sparse or sample is not None else None
         angles, logit_factor = attention.rotation(position, rope_seq_len=answer.rope_seq_len)
         every = decode.settings.select_every if decode is not None and sparse else 0
         sequence.begin(position, angles, logit_factor, dense=dense, select_every=every, sample=answer.sampled)
@@ -67,13 +61,13 @@ class TokenAttention:
             answer.dense = self._attention.dense_lists(position, 1)
         return answer.dense
 
-    def _sequence(self, answer: Answer, position: int, dense: BlockLists, *, sparse: bool) -> TokenSequence:
+    def _sequence(self, answer: Answer, position: int, *, sparse: bool) -> TokenSequence:
         attention, decode = self._attention, answer.decode
         return TokenSequence(
             [answer.pages(layer) for layer in range(len(self._layers))],
             self._layers,
             self._scratch,
-            dense,
+            self._dense(answer, position),
             position=position,
             scale=attention.scale,
             span_pages=attention.span_pages,

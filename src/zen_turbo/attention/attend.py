@@ -15,13 +15,13 @@ import torch
 
 from zen_turbo import kernels
 from zen_turbo.attention import blocks, dca
-from zen_turbo.attention.blocks import Chunk, Queries
+from zen_turbo.attention.blocks import Chunk
 from zen_turbo.attention.dca import DualChunk
 from zen_turbo.attention.decode import OBSERVED_ROWS, SparseDecode
 from zen_turbo.attention.fidelity import Fidelity
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.kernels import Angles, BlockLists, PageView
+from zen_turbo.kernels import Angles, BlockLists, PageView, Queries, Rotations
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ChunkPlan:
 
     first_position: int
     num_rows: int
-    angles: tuple[Angles | None, Angles | None, Angles | None]
+    angles: Rotations
     logit_factor: torch.Tensor | None
     lists: BlockLists
     density: float
@@ -96,14 +96,12 @@ class Attention:
             blocks.density(lists, first_position=first_position, num_rows=num_rows),
         )
 
-    def rotation(
-        self, position: int, *, rope_seq_len: int | None = None
-    ) -> tuple[tuple[Angles | None, Angles | None, Angles | None], torch.Tensor | None]:
+    def rotation(self, position: int, *, rope_seq_len: int | None = None) -> tuple[Rotations, torch.Tensor | None]:
         """Angles and temperature of a single row, as ``plan`` has them."""
         positions = torch.tensor([position])
         return self._angles(positions, rope_seq_len), self._logit_factor(positions)
 
-    def _angles(self, positions: torch.Tensor, rope_seq_len: int | None) -> tuple[Angles | None, Angles | None, Angles | None]:
+    def _angles(self, positions: torch.Tensor, rope_seq_len: int | None) -> Rotations:
         def rotate(at: torch.Tensor) -> Angles:
             return Angles(*self.rotary.cos_sin(at, seq_len=rope_seq_len))
 
@@ -232,7 +230,7 @@ class Attention:
         out = torch.empty_like(first)
         settings = {"scale": self.scale, "window": window, "logit_factor": plan.logit_factor, "lse": lse}
         if plan.num_rows == 1:
-            kernels.decode(queries, kv, lists, out, position=plan.first_position, **settings)
+            kernels.decode(queries, kv, lists, out, first_position=plan.first_position, **settings)
         else:
             kernels.attend(queries, kv, lists, out, first_position=plan.first_position, **settings)
         return out.view(plan.num_rows, -1)
@@ -245,5 +243,5 @@ class Attention:
         lse = torch.empty((self.num_heads, 1))
         factor = plan.logit_factor[row : row + 1] if plan.logit_factor is not None else None
         lists, out = self.dense_lists(position, 1), torch.empty_like(first)
-        kernels.decode((first, second, third), kv, lists, out, position=position, scale=self.scale, logit_factor=factor, lse=lse)
+        kernels.decode((first, second, third), kv, lists, out, first_position=position, scale=self.scale, logit_factor=factor, lse=lse)
         return out[0], lse[:, 0]

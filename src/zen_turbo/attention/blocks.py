@@ -16,10 +16,7 @@ import torch
 
 from zen_turbo import kernels
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.kernels import BlockLists, PageBits, PageView
-
-# Three rotations of a query, each [rows, heads, head_dim]; None where no row needs it.
-Queries = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+from zen_turbo.kernels import BlockLists, PageBits, PageView, Queries
 
 
 @dataclass(frozen=True, kw_only=True)

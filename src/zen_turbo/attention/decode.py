@@ -75,17 +75,7 @@ class SparseDecode:
 
     def _choose(self, token: Chunk, layer: int) -> BlockLists:
         rule = self.selection(token.kv.pages.shape[1], token.dtype)
-        return select_by_mass(
-            token,
-            rule.mass[layer],
-            sink_pages=rule.sink_pages,
-            local_pages=rule.local_pages,
-            most_pages=rule.most_pages[layer],
-            sample_rows=1,
-            per_kv_head=True,
-            bound_pages=rule.bound_pages,
-            codes=rule.codes,
-        )
+        return select_by_mass(token, rule.mass[layer], **rule.settings(layer))
 
     def selection(self, kv_heads: int, dtype: torch.dtype) -> TokenSelection:
         """How tokens of that dtype choose."""

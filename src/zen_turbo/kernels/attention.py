@@ -95,6 +95,10 @@ def page_bytes(head_dim: int, dtype: torch.dtype) -> int:
     return 2 * PAGE_TOKENS * head_dim * dtype.itemsize
 
 
+# Three rotations of a query, each [rows, heads, head_dim]; None where no row needs it.
+Queries = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
 class BlockLists(NamedTuple):
     """Key pages that each query block reads (CSR).
 
@@ -124,6 +128,9 @@ class Angles(NamedTuple):
 
     cos: torch.Tensor
     sin: torch.Tensor
+
+
+Rotations = tuple[Angles | None, Angles | None, Angles | None]  # of the variants of a query
 
 
 def _page_view(kv: PageView, head_dim: int, dtype: torch.dtype) -> native.PageViewArgs:
@@ -167,7 +174,7 @@ def _queries(queries: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
 
 
 def attend_args(
-    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    queries: Queries,
     kv: PageView,
     lists: BlockLists,
     out: torch.Tensor,
@@ -235,40 +242,15 @@ def attend_args(
 attend = calling("zt_attend", attend_args)
 
 
-def decode(
-    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    kv: PageView,
-    lists: BlockLists,
-    out: torch.Tensor,
-    *,
-    position: int,
-    scale: float,
-    window: int | None = None,
-    logit_factor: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    num_threads: int | None = None,
-) -> None:
-    """``attend`` for one row: query heads that share a KV head and a list read each page together, and a long list is cut into parts that
-    run in parallel and merge in a fixed order."""
-    args = attend_args(
-        queries,
-        kv,
-        lists,
-        out,
-        first_position=position,
-        scale=scale,
-        window=window,
-        logit_factor=logit_factor,
-        lse=lse,
-        num_threads=num_threads,
-    )
-    native.call("zt_decode", args)
+# ``attend`` for one row: query heads that share a KV head and a list read each page together, and a long list is cut into parts that run in
+# parallel and merge in a fixed order.
+decode = calling("zt_decode", attend_args)
 
 
 def store_args(
     qkv: torch.Tensor,
-    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    angles: tuple[Angles | None, Angles | None, Angles | None],
+    queries: Queries,
+    angles: Rotations,
     kv: PageView,
     *,
     first_position: int,
@@ -339,7 +321,7 @@ store = calling("zt_store", store_args)
 
 
 def select_args(
-    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    queries: Queries,
     kv: PageView,
     mass: torch.Tensor,
     *,
@@ -430,9 +412,7 @@ def select_args(
     return args, PageBits(bits, counts)
 
 
-def select_pages(
-    queries: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None], kv: PageView, mass: torch.Tensor, **settings: Any
-) -> PageBits:
+def select_pages(queries: Queries, kv: PageView, mass: torch.Tensor, **settings: Any) -> PageBits:
     """Choose pages: ``select_args`` has the settings."""
     args, chosen = select_args(queries, kv, mass, **settings)
     native.call("zt_select_pages", args)

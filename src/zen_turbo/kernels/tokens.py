@@ -7,17 +7,15 @@ Results are those of ``store``, ``select_pages``, ``list_pages``, ``decode`` and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from zen_turbo import native
 from zen_turbo.config import PAGE_TOKENS
-from zen_turbo.kernels.attention import Angles, BlockLists, PageView, attend_args, select_args, store_args
+from zen_turbo.kernels.attention import BlockLists, PageView, Queries, Rotations, attend_args, select_args, store_args
 from zen_turbo.kernels.checks import need
 from zen_turbo.kernels.layers import PackedWeights, linear_args, norm_args, silu_args
-
-Queries = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class TokenLayer(NamedTuple):
@@ -38,6 +36,22 @@ class TokenSelection(NamedTuple):
     local_pages: int
     bound_pages: int
     codes: bool
+
+    def settings(self, layer: int) -> dict[str, Any]:
+        """Of a layer, but for its mass: as ``select_pages`` takes them."""
+        return {
+            "sink_pages": self.sink_pages,
+            "local_pages": self.local_pages,
+            "most_pages": self.most_pages[layer],
+            "sample_rows": 1,
+            "per_kv_head": True,
+            "bound_pages": self.bound_pages,
+            "codes": self.codes,
+        }
+
+    def most_kept(self, layer: int) -> int:
+        """How many pages a list of that layer has at most: sinks, those chosen, recent ones and the token's own."""
+        return self.sink_pages + self.most_pages[layer] + self.local_pages + 1
 
 
 class TokenScratch:
@@ -71,13 +85,14 @@ class TokenSequence:
         selection: TokenSelection | None,
         after: TokenSequence | None = None,
     ) -> None:
-        self.views, self._scratch, self._layers, self._selection = views, scratch, layers, selection
+        self._views, self._scratch, self._selection = views, scratch, selection
+        self._norms = layers  # native code has the addresses of their tensors
         self._lists: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._choice: list[torch.Tensor] = []
-        self.args = native.array_of(native.TokenLayerArgs, len(views))
+        self._args = native.array_of(native.TokenLayerArgs, len(views))
         for index, (view, layer) in enumerate(zip(views, layers, strict=True)):
             view = view._replace(stored_tokens=position + 1)
-            into = self.args[index]
+            into = self._args[index]
             into.store = store_args(
                 scratch.qkv,
                 scratch.queries,
@@ -95,7 +110,7 @@ class TokenSequence:
                 self._prepare_choice(into, view, selection, index, position=position, scale=scale, span_pages=span_pages)
                 if after is not None and after._selection is not None:
                     self._keep_choice(index, after)
-        self._row = native.TokenRowArgs(layers=native.address(self.args))
+        self._row = native.TokenRowArgs(layers=native.address(self._args), full_out=scratch.out.data_ptr())
         self._token: tuple[object, ...] = ()  # tensors of the token that ``begin`` was last called for
 
     def _prepare_choice(
@@ -116,19 +131,13 @@ class TokenSequence:
             first_position=position,
             scale=scale,
             span_pages=span_pages,
-            sink_pages=selection.sink_pages,
-            local_pages=selection.local_pages,
-            most_pages=selection.most_pages[index],
-            sample_rows=1,
-            per_kv_head=True,
-            bound_pages=selection.bound_pages,
-            codes=selection.codes,
+            **selection.settings(index),
         )
         kv_heads, room = view.pages.shape[1], len(view.page_table)
         if not self._choice:  # which layers use one after the other
             self._choice = [torch.empty((kv_heads, -(-room // 64)), dtype=torch.int64), chosen.counts]
         into.select.bits, into.select.counts = (each.data_ptr() for each in self._choice)
-        most = min(selection.sink_pages + selection.most_pages[index] + selection.local_pages + 1, room)
+        most = min(selection.most_kept(index), room)
         lists = torch.zeros(kv_heads + 1, dtype=torch.int64), torch.empty(kv_heads * most, dtype=torch.int32)
         self._lists.append(lists)
         into.offsets, into.entries, into.most_entries = lists[0].data_ptr(), lists[1].data_ptr(), lists[1].numel()
@@ -139,16 +148,17 @@ class TokenSequence:
         assert count <= self._lists[index][1].numel()
         self._lists[index][0][:] = offsets
         self._lists[index][1][:count] = entries[:count]
-        self.args[index].chosen_page = after.args[index].chosen_page
+        self._args[index].chosen_page = after._args[index].chosen_page
 
-    @property
-    def selects(self) -> bool:
-        return self._selection is not None
+    def serves(self, view: PageView, *, sparse: bool) -> bool:
+        """Whether it can go on with the pages of its first layer as they are now, and choose where that is asked for."""
+        known = self._views[0]
+        return view.page_table is known.page_table and view.packed is known.packed and (self._selection is not None or not sparse)
 
     def begin(
         self,
         position: int,
-        angles: tuple[Angles | None, Angles | None, Angles | None],
+        angles: Rotations,
         logit_factor: torch.Tensor | None,
         *,
         dense: BlockLists | None,
@@ -158,8 +168,8 @@ class TokenSequence:
         """Prepare the token at ``position``. dense: every page, in one list; needed without selection, and where it is sampled. select_every: 0 reads
         everything, else for how many tokens of a page a choice serves. sample: a layer, and float32 [heads] each where the log-sum-exp over the pages
         it reads goes and over all."""
-        need(position < len(self.views[0].page_table) * PAGE_TOKENS, "the row lies beyond the page table")
-        need(not select_every or self.selects, "nothing is chosen here")
+        need(position < len(self._views[0].page_table) * PAGE_TOKENS, "the row lies beyond the page table")
+        need(not select_every or self._selection is not None, "nothing is chosen here")
         need(dense is not None or (select_every > 0 and sample is None), "a list of every page is needed")
         half = self._scratch.out.shape[2] // 2
         for angle, query in zip(angles, self._scratch.queries, strict=True):
@@ -181,7 +191,6 @@ class TokenSequence:
         row.dense_entries = None if dense is None else dense.entries.data_ptr()
         row.lse_kept = None if kept is None else kept.data_ptr()
         row.lse_full = None if full is None else full.data_ptr()
-        row.full_out = self._scratch.out.data_ptr()
 
 
 class LinearWeights(NamedTuple):

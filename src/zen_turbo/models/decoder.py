@@ -25,14 +25,14 @@ from zen_turbo import kernels
 from zen_turbo.attention import dca
 from zen_turbo.attention.answer import Answer, TokenAttention
 from zen_turbo.attention.attend import Attention, ChunkPlan
-from zen_turbo.attention.blocks import Queries, pages_read
+from zen_turbo.attention.blocks import pages_read
 from zen_turbo.attention.dca import DualChunk
 from zen_turbo.attention.decode import SparseDecode
 from zen_turbo.attention.fidelity import Fidelity, Observation
 from zen_turbo.attention.rope import RotaryEmbedding
 from zen_turbo.config import PAGE_TOKENS, EngineConfig
 from zen_turbo.errors import UnsupportedModelError
-from zen_turbo.kernels import LayerWeights, PageView, TokenBatch, TokenLayer
+from zen_turbo.kernels import LayerWeights, PageView, Queries, TokenBatch, TokenLayer
 from zen_turbo.models.config import ModelConfig
 from zen_turbo.models.linear import LINEARS, TILE_ROWS, KernelLinear, Linear, head_linear, linear_arithmetic
 from zen_turbo.models.loader import Checkpoint
