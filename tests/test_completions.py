@@ -122,7 +122,8 @@ def test_logprobs_of_an_answer_only(client: openai.OpenAI) -> None:
 
 def test_structured_output_and_stops(client: openai.OpenAI) -> None:
     assert complete(client, extra_body={"structured_outputs": {"choice": ["north", "south"]}}).choices[0].text in ("north", "south")
-    assert complete(client, extra_body={"guided_regex": "[0-9]{3}"}).choices[0].text.isdigit()
+    for more in ({}, {"response_format": {"type": "text"}, "structured_outputs": {}}):  # these ask for nothing
+        assert complete(client, extra_body={"guided_regex": "[0-9]{3}", **more}).choices[0].text.isdigit()
     free = complete(client, max_tokens=20).choices[0].text
     stopped = complete(client, max_tokens=20, stop=free[4:6], extra_body={"include_stop_str_in_output": True}).choices[0]
     assert stopped.text == free[: free.index(free[4:6]) + 2] and stopped.finish_reason == "stop"
@@ -145,6 +146,9 @@ def test_structured_output_and_stops(client: openai.OpenAI) -> None:
         ({"stream": True, "echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
         ({"extra_body": {"structured_outputs": {"regex": "("}}}, "structured_outputs", "invalid_request"),
         ({"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}}, "structured_outputs", "unsupported_parameter"),
+        ({"extra_body": {"guided_regex": "("}}, "guided_regex", "invalid_request"),
+        ({"extra_body": {"guided_regex": "a", "guided_choice": ["b"]}}, "guided_choice", "invalid_request"),
+        ({"extra_body": {"guided_regex": "a", "response_format": {"type": "json_object"}}}, "response_format", "invalid_request"),
         ({"extra_body": {"guided_grammar": "root ::= x"}}, "guided_grammar", "unsupported_parameter"),
     ],
 )

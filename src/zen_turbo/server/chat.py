@@ -19,7 +19,7 @@ from zen_turbo.server.answering import DONE, named, sse
 from zen_turbo.server.errors import error_body
 from zen_turbo.server.schemas import ChatRequest, parse_generation
 from zen_turbo.server.served import ServedModel
-from zen_turbo.server.structured import ToolUse, functions_of, grammar, response_format_rule, tool_use
+from zen_turbo.server.structured import ToolUse, functions_of, grammar, tool_use
 from zen_turbo.server.usage import extras, progress_facts, usage
 from zen_turbo.text.answer import AnswerForm, AnswerReader, Thinking, Thought, thinking_at_end_of
 from zen_turbo.text.tokenizer import Tokenizer
@@ -94,11 +94,7 @@ def admit(served: ServedModel, chat: ChatRequest, request_id: str, expand: Expan
         last = messages[-1].get("content")
         thinking = thinking_at_end_of(end, continued=last if chat.continues and isinstance(last, str) else None)
     form = AnswerForm(thinking, template.tool_form if use.functions else None, use.schemas)
-    answer, source = chat.rule(), "structured_outputs"
-    if answer is None and chat.response_format is not None:
-        answer, source = response_format_rule(chat.response_format), "response_format"
-    if answer is None:
-        source = "tools"
+    answer, source = chat.rule() or (None, "tools")
     sampling = _sampling(chat, served.default_max_tokens, form, engine.tokenizer)
     bound = grammar(
         answer,

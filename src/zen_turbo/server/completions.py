@@ -22,7 +22,7 @@ from zen_turbo.server.chat import shortened
 from zen_turbo.server.errors import error_body
 from zen_turbo.server.schemas import MAX_CHOICES, GenerationRequest, StreamOptions, parse_generation
 from zen_turbo.server.served import ServedModel
-from zen_turbo.server.structured import ToolUse, grammar, response_format_rule
+from zen_turbo.server.structured import ToolUse, grammar
 from zen_turbo.server.usage import extras, progress_facts, usage
 from zen_turbo.text.answer import Thinking
 from zen_turbo.text.tokenizer import Tokenizer
@@ -90,9 +90,7 @@ def install(app: FastAPI, served: ServedModel) -> None:
         if not asked_tokens and not asked.echo:
             raise InvalidRequestError("max_tokens 0 without echo asks for nothing.", param="max_tokens")
         sampling = asked.sampling(max_tokens=asked_tokens, logprobs=asked.logprobs, prompt_logprobs=asked.logprobs if asked.echo else None)
-        rule, source = asked.rule(), "structured_outputs"
-        if rule is None and asked.response_format is not None:
-            rule, source = response_format_rule(asked.response_format), "response_format"
+        rule, source = asked.rule() or (None, "")
         special = engine.tokenizer.special_tokens
         bound = grammar(rule, ToolUse(), None, one_call=False, thinking=Thinking.NONE, special_tokens=special)
         sampling = dataclasses.replace(sampling, grammar=bound)

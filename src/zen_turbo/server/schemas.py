@@ -14,7 +14,7 @@ import pydantic
 
 from zen_turbo.engine.request import MAX_LOGPROBS, SamplingParams
 from zen_turbo.errors import InvalidRequestError, UnsupportedParameterError
-from zen_turbo.server.structured import structured_outputs_rule
+from zen_turbo.server.structured import response_format_rule, structured_outputs_rule
 
 logger = logging.getLogger("zen_turbo.server")
 
@@ -98,15 +98,26 @@ class GenerationRequest(pydantic.BaseModel):
         }
         return SamplingParams(**{name: value for name, value in given.items() if value is not None}, max_tokens=max_tokens)
 
-    def rule(self) -> str | None:
-        """The grammar's part that vLLM's fields ask for. Raises InvalidRequestError and UnsupportedParameterError."""
-        if self.structured_outputs is not None:
-            return structured_outputs_rule(self.structured_outputs, param="structured_outputs")
-        for name in ("json", "regex", "choice"):
-            value = getattr(self, f"guided_{name}")
-            if value is not None:
-                return structured_outputs_rule({name: value}, param=f"guided_{name}")
-        return None
+    def rule(self) -> tuple[str, str] | None:
+        """The grammar's part that the answer must follow, and the field that asks for it; None where the answer is free.
+
+        Raises InvalidRequestError, also where two fields ask, and UnsupportedParameterError.
+        """
+        found: list[tuple[str, str]] = []
+        for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "response_format"):
+            value = getattr(self, name, None)  # response_format: not on every route
+            if value is None:
+                continue
+            if name == "response_format":
+                rule = response_format_rule(value)
+            else:
+                asked = value if name == "structured_outputs" else {name.removeprefix("guided_"): value}
+                rule = structured_outputs_rule(asked, param=name)
+            if rule is not None:
+                found.append((rule, name))
+        if len(found) > 1:
+            raise InvalidRequestError(f"An answer has one shape, and {found[0][1]} asks for one already.", param=found[1][1])
+        return found[0] if found else None
 
 
 class ChatRequest(GenerationRequest):
