@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 OURS, PEER, FLOOR = "#0b6e4f", "#b5483a", "#8a8f98"
 SHADES = {"faithful": "#3f9a7a", "balanced": "#6fbf9f", "turbo": "#c98a1b"}
-PASSKEY = ("passkey_turbo", "passkey_turbo_128k", "passkey_turbo_256k", "passkey_turbo_512k", "passkey_turbo_1m_lower_half")
+PASSKEY = tuple(f"passkey_turbo{part}" for part in ("", "_128k", "_256k", "_512k", "_1m_0", "_1m_25", "_1m_lower_half"))
 Points = list[tuple[int, float]]
 
 

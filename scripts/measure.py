@@ -46,7 +46,7 @@ def measurements() -> dict[str, Measurement]:
     add("passkey_turbo_128k", 35, "eval", "passkey", "--lengths", "131072", "--depths", "11", *preset_of("turbo"))
     for length, label, minutes in ((262144, "256k", 40), (524288, "512k", 90), (1000000, "1m", 220)):
         add(f"passkey_turbo_{label}", minutes, "eval", "passkey", "--lengths", str(length), *grid, *preset_of("turbo"), "--kv-dtype", "int8")
-    for name, depths, minutes in (("0", "0", 55), ("25", "25", 55), ("lower_half", "50,75,100", 110)):
+    for name, depths, minutes in (("0", "0%", 55), ("25", "25%", 55), ("lower_half", "50,75,100", 110)):
         part = ["--lengths", "1000000", "--depths", depths, *preset_of("turbo"), "--kv-dtype", "int8"]
         add(f"passkey_turbo_1m_{name}", minutes, "eval", "passkey", *part)
     add("passkey_balanced", 50, "eval", "passkey", "--lengths", f"{short},131072", *grid, *preset_of("balanced"))

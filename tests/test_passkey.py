@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from zen_turbo.cli.measure import depths_from
 from zen_turbo.engine.request import RequestMetrics, RequestOutput
 from zen_turbo.errors import ConfigurationError, CorruptFileError, InvalidRequestError
 from zen_turbo.evals import passkey
@@ -148,6 +149,13 @@ def test_depths() -> None:
     assert passkey.depths_of(4) == [0, 33.3333, 66.6667, 100]
     with pytest.raises(ConfigurationError):
         passkey.depths_of(0)
+
+
+def test_depths_on_the_command_line() -> None:
+    assert [depths_from(text) for text in ("11", "0,25,90", "25%", "0%, 12.5%")] == [11, [0, 25, 90], [25], [0, 12.5]]
+    for text in ("", "ten", "%", "1,,2"):
+        with pytest.raises(ConfigurationError, match="depths"):
+            depths_from(text)
 
 
 def test_plan_covers_the_grid_and_reuses_the_most() -> None:

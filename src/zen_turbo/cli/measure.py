@@ -34,9 +34,9 @@ def integers(text: str, param: str) -> list[int]:
 
 
 def depths_from(text: str) -> int | list[float]:
-    """'11' -> 11, '0,25,90' -> [0, 25, 90]. Raises ConfigurationError."""
+    """'11' -> 11, '0,25,90' -> [0, 25, 90], '25%' -> [25]. Raises ConfigurationError."""
     try:
-        return [float(part) for part in text.split(",")] if "," in text else int(text)
+        return [float(part.strip().removesuffix("%")) for part in text.split(",")] if "," in text or "%" in text else int(text)
     except ValueError:
         raise ConfigurationError(f"depths must be a number of depths or percentages separated by commas, not {text!r}.", param="depths") from None
 
@@ -192,7 +192,7 @@ def bench_serve(
 def eval_passkey(
     model: Model = DEFAULT_MODEL,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas; 8K is 8192.")] = "8192,16384",
-    depths: Annotated[str, typer.Option(help="How many depths, evenly from 0 to 100 percent; or which, as in 0,25,90.")] = "11",
+    depths: Annotated[str, typer.Option(help="How many depths, evenly from 0 to 100 percent; or which, as in 0,25,90 or 25%.")] = "11",
     seeds: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 1,
     share_prefix: Annotated[bool, typer.Option(help="Reuse the pages of what prompts have in common.")] = True,
     resume: Annotated[Path | None, typer.Option(help="Journal of finished rows. Default: beside --output.")] = None,
