@@ -247,24 +247,28 @@ def results_table() -> str:
     greedy = [row for row in rows("transformers.json") if (row["first"], row["second"]) == ("ours float32", "reference fp32")]
     identical = sum(row["verdict"] == "identical" for row in greedy)
     at_8k = next(row for row in prefill if row["length"] == 8192)
-    millions = rows("passkey_turbo_1m_lower_half.json")
-    million = next(row for row in millions if not row["cached_tokens"])
+    longest_records = [f"passkey_turbo_1m_{part}.json" for part in ("0", "lower_half")]
+    millions = sorted((row for name in longest_records for row in rows(name)), key=lambda row: row["depth"])
+    million = next(row for row in rows(longest_records[-1]) if not row["cached_tokens"])
     serve = {row["case"]: row for row in rows("serve.json")}
     while_reading = serve["short_during_long"]
     (load,) = rows("serve_load.json")
     page = {row["case"]: row for row in rows("page_novel.json")}
     megabytes = read_json(ROOT / "results" / "page_novel.json")["settings"]["bytes"] / 1e6
     near = [*rows("passkey_turbo.json"), *rows("passkey_turbo_128k.json")]
+    faithful = rows("passkey_faithful.json")
     far = rows("marginal_128k_turbo.json")[-1]
     depths = joined([f"{row['depth']:g}" for row in millions])
     tokens = {way: [row for row in rows("decode_1m_code_turbo.json") if row["attention"] == way] for way in ("sparse", "dense")}
+    default = [row for row in rows(f"decode_1000_code_{EngineConfig().preset}.json") if row["attention"] == "sparse"]
+    contexts = joined([f"{row['context']:,}" for row in default])
     lines = [
         (
             f"Passkey at {depths} % of {million['length']:,} tokens (sparse prefill, preset turbo, 8-bit KV pages): minutes to the first token,"
             " over the linear layers alone, block pairs read, peak memory",
             f"{sum(row['correct'] for row in millions)} of {len(millions)} found: {million['ttft_s'] / 60:.0f} min,"
             f" {million['ttft_s'] / million['linear_floor_s']:.2f}x, {million['density']:.2%}, {million['peak_rss_gib']:.1f} GiB",
-            "passkey_turbo_1m_lower_half.json",
+            ", ".join(reversed(longest_records)),
         ),
         (
             "1,000,000 tokens of code with the same settings: first question, another one, the first one after a restart",
@@ -290,6 +294,12 @@ def results_table() -> str:
             "decode_1m_code_turbo.json",
         ),
         (
+            f"The same with the default preset after {contexts} tokens; places of 1,000 in which the"
+            " next token is that of reading every page",
+            ", ".join(f"{row['tpot_ms']:.0f}" for row in default) + f" ms; {default[-1]['top1_agreement']:.1%}",
+            f"decode_1000_code_{EngineConfig().preset}.json",
+        ),
+        (
             f"A short question while {while_reading['long_tokens']:,} tokens are being read: first token, 95th percentile",
             f"{while_reading['ttft_p95_s']:.1f} s",
             "serve.json",
@@ -309,6 +319,11 @@ def results_table() -> str:
             f"Passkey found with the preset turbo in prompts of 4K to {length_text(near[-1]['length'])} tokens, eleven depths",
             f"{sum(row['correct'] for row in near)} of {len(near)}",
             "passkey_turbo.json, passkey_turbo_128k.json",
+        ),
+        (
+            f"With the preset faithful, 4K to {length_text(faithful[-1]['length'])} tokens, five depths",
+            f"{sum(row['correct'] for row in faithful)} of {len(faithful)}",
+            "passkey_faithful.json",
         ),
         (
             f"The same with dense attention, 4K to {longest} tokens (the model was trained on 32K)",
