@@ -247,9 +247,9 @@ def results_table() -> str:
     greedy = [row for row in rows("transformers.json") if (row["first"], row["second"]) == ("ours float32", "reference fp32")]
     identical = sum(row["verdict"] == "identical" for row in greedy)
     at_8k = next(row for row in prefill if row["length"] == 8192)
-    longest_records = [f"passkey_turbo_1m_{part}.json" for part in ("0", "lower_half")]
+    longest_records = [f"passkey_turbo_1m_{part}.json" for part in ("lower_half", "0")]
     millions = sorted((row for name in longest_records for row in rows(name)), key=lambda row: row["depth"])
-    million = next(row for row in rows(longest_records[-1]) if not row["cached_tokens"])
+    million = next(row for row in rows(longest_records[0]) if not row["cached_tokens"])
     serve = {row["case"]: row for row in rows("serve.json")}
     while_reading = serve["short_during_long"]
     (load,) = rows("serve_load.json")
@@ -268,7 +268,7 @@ def results_table() -> str:
             " over the linear layers alone, block pairs read, peak memory",
             f"{sum(row['correct'] for row in millions)} of {len(millions)} found: {million['ttft_s'] / 60:.0f} min,"
             f" {million['ttft_s'] / million['linear_floor_s']:.2f}x, {million['density']:.2%}, {million['peak_rss_gib']:.1f} GiB",
-            ", ".join(reversed(longest_records)),
+            ", ".join(longest_records),
         ),
         (
             "1,000,000 tokens of code with the same settings: first question, another one, the first one after a restart",
@@ -294,7 +294,7 @@ def results_table() -> str:
             "decode_1m_code_turbo.json",
         ),
         (
-            f"The same with the default preset after {contexts} tokens; places of 1,000 in which the"
+            f"The same with the default preset and 8-bit KV pages after {contexts} tokens; places of 1,000 in which the"
             " next token is that of reading every page",
             ", ".join(f"{row['tpot_ms']:.0f}" for row in default) + f" ms; {default[-1]['top1_agreement']:.1%}",
             f"decode_1000_code_{EngineConfig().preset}.json",
@@ -321,14 +321,14 @@ def results_table() -> str:
             "passkey_turbo.json, passkey_turbo_128k.json",
         ),
         (
-            f"With the preset faithful, 4K to {length_text(faithful[-1]['length'])} tokens, five depths",
-            f"{sum(row['correct'] for row in faithful)} of {len(faithful)}",
-            "passkey_faithful.json",
-        ),
-        (
             f"The same with dense attention, 4K to {longest} tokens (the model was trained on 32K)",
             f"{found} of {len(passkey)}",
             "passkey_dense*.json",
+        ),
+        (
+            f"And with the preset faithful, 4K to {length_text(faithful[-1]['length'])} tokens, five depths",
+            f"{sum(row['correct'] for row in faithful)} of {len(faithful)}",
+            "passkey_faithful.json",
         ),
         (
             f"Time to first token against llama.cpp's best setting, {joined([length_text(row['length']) for row in peers])} tokens",

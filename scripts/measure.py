@@ -44,11 +44,10 @@ def measurements() -> dict[str, Measurement]:
     short, grid = "4096,8192,16384,32768,65536", ["--depths", "5"]
     add("passkey_turbo", 45, "eval", "passkey", "--lengths", short, "--depths", "11", "--seeds", "2", *preset_of("turbo"))
     add("passkey_turbo_128k", 35, "eval", "passkey", "--lengths", "131072", "--depths", "11", *preset_of("turbo"))
-    for length, label, minutes in ((262144, "256k", 40), (524288, "512k", 90), (1000000, "1m", 220)):
-        add(f"passkey_turbo_{label}", minutes, "eval", "passkey", "--lengths", str(length), *grid, *preset_of("turbo"), "--kv-dtype", "int8")
-    for name, depths, minutes in (("0", "0%", 55), ("25", "25%", 55), ("lower_half", "50,75,100", 110)):
-        part = ["--lengths", "1000000", "--depths", depths, *preset_of("turbo"), "--kv-dtype", "int8"]
-        add(f"passkey_turbo_1m_{name}", minutes, "eval", "passkey", *part)
+    parts = (("1m_0", 1000000, "0%", 55), ("1m_25", 1000000, "25%", 55), ("1m_lower_half", 1000000, "50,75,100", 110))
+    for label, length, depths, minutes in (("256k", 262144, "5", 40), ("512k", 524288, "5", 90), *parts):
+        options = ["--lengths", str(length), "--depths", depths, *preset_of("turbo"), "--kv-dtype", "int8"]
+        add(f"passkey_turbo_{label}", minutes, "eval", "passkey", *options)
     add("passkey_balanced", 50, "eval", "passkey", "--lengths", f"{short},131072", *grid, *preset_of("balanced"))
     add("passkey_faithful", 25, "eval", "passkey", "--lengths", short, *grid, *preset_of("faithful"))
     for length, label, questions, minutes in ((32768, "32k", 200, 60), (131072, "128k", 100, 150)):
@@ -93,12 +92,13 @@ def measurements() -> dict[str, Measurement]:
         for text in NAMES:
             add(f"decode_{text}_{preset}", minutes, *decode, "--preset", preset, "--text", text)
             add(f"decode_int8_{text}_{preset}", minutes, *decode, "--preset", preset, "--text", text, "--kv-dtype", "int8")
+    thousand = ["bench", "decode", "--contexts", "4096,131072", "--tokens", "1000"]
+    code = ["--text", "code", "--kv-dtype", "int8", "--preset"]
     # The second finds in the store what the first has read.
-    stored = ["--preset", "turbo", "--text", "code", "--kv-dtype", "int8", "--store", "logs/store_decode_1m"]
+    stored = [*code, "turbo", "--store", "logs/store_decode_1m"]
     add("decode_1m_code_turbo", 55, "bench", "decode", "--contexts", "4096,131072,1000000", "--tokens", "200", *stored)
-    add("decode_1000_code_turbo", 10, "bench", "decode", "--contexts", "4096,131072", "--tokens", "1000", *stored)
-    decode_1000 = ["bench", "decode", "--contexts", "4096,131072", "--tokens", "1000", "--text", "code", "--kv-dtype", "int8"]
-    add("decode_1000_code_balanced", 18, *decode_1000, "--preset", "balanced")
+    add("decode_1000_code_turbo", 10, *thousand, *stored)
+    add("decode_1000_code_balanced", 18, *thousand, *code, "balanced")
     add("serve", 45, "bench", "serve", *preset_of("turbo"))
     add("serve_load", 20, "bench", "serve", "--cases", "load", *preset_of("turbo"))
     store = [*preset_of("turbo"), "--store"]

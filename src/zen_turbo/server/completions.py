@@ -20,7 +20,7 @@ from zen_turbo.server import answering
 from zen_turbo.server.answering import DONE, named, sse
 from zen_turbo.server.chat import shortened
 from zen_turbo.server.errors import error_body
-from zen_turbo.server.schemas import MAX_CHOICES, GenerationRequest, StreamOptions, parse_generation
+from zen_turbo.server.schemas import ChoicesRequest, parse_generation
 from zen_turbo.server.served import ServedModel
 from zen_turbo.server.structured import ToolUse, grammar
 from zen_turbo.server.usage import extras, progress_facts, usage
@@ -30,24 +30,20 @@ from zen_turbo.text.tokenizer import Tokenizer
 DEFAULT_MAX_TOKENS = 16  # OpenAI's for this route
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(ChoicesRequest):
     """Body of POST /v1/completions."""
 
     neutral: ClassVar[Mapping[str, Callable[[Any], bool]]] = {
-        **GenerationRequest.neutral,
+        **ChoicesRequest.neutral,
         "suffix": lambda value: value == "",
         "prompt_embeds": lambda value: False,
     }
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = pydantic.Field(None, ge=0)
-    n: int | None = pydantic.Field(None, ge=1, le=MAX_CHOICES)
     echo: bool | None = None
     logprobs: int | None = None
     add_special_tokens: bool = True
-    response_format: dict[str, Any] | None = None
-    stream_options: StreamOptions | None = None
-    return_progress: bool | None = None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -146,7 +142,7 @@ class CompletionWriter:
         self._num_prompts = len(prompts)
         self._echo = bool(asked.echo)
         self._wants_logprobs = asked.logprobs is not None
-        self._include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        self._include_usage = asked.include_usage
         self._return_progress = bool(asked.return_progress)
         skip = asked.skip_special_tokens is not False
         self._choices = [

@@ -98,29 +98,40 @@ class GenerationRequest(pydantic.BaseModel):
         }
         return SamplingParams(**{name: value for name, value in given.items() if value is not None}, max_tokens=max_tokens)
 
+
+class ChoicesRequest(GenerationRequest):
+    """What the bodies of chat and completions have in common."""
+
+    n: int | None = pydantic.Field(None, ge=1, le=MAX_CHOICES)
+    response_format: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
     def rule(self) -> tuple[str, str] | None:
         """The grammar's part that the answer must follow, and the field that asks for it; None where the answer is free.
 
         Raises InvalidRequestError, also where two fields ask, and UnsupportedParameterError.
         """
-        found: list[tuple[str, str]] = []
-        for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "response_format"):
-            value = getattr(self, name, None)  # response_format: not on every route
-            if value is None:
-                continue
-            if name == "response_format":
-                rule = response_format_rule(value)
-            else:
-                asked = value if name == "structured_outputs" else {name.removeprefix("guided_"): value}
-                rule = structured_outputs_rule(asked, param=name)
-            if rule is not None:
-                found.append((rule, name))
+        vllm = {
+            "structured_outputs": self.structured_outputs or {},
+            "guided_json": {"json": self.guided_json},
+            "guided_regex": {"regex": self.guided_regex},
+            "guided_choice": {"choice": self.guided_choice},
+        }
+        rules = {name: structured_outputs_rule(value, param=name) for name, value in vllm.items()}
+        if self.response_format is not None:
+            rules["response_format"] = response_format_rule(self.response_format)
+        found = [(rule, name) for name, rule in rules.items() if rule is not None]
         if len(found) > 1:
             raise InvalidRequestError(f"An answer has one shape, and {found[0][1]} asks for one already.", param=found[1][1])
         return found[0] if found else None
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(ChoicesRequest):
     """Body of POST /v1/chat/completions."""
 
     neutral: ClassVar[Mapping[str, Callable[[Any], bool]]] = {
@@ -136,26 +147,18 @@ class ChatRequest(GenerationRequest):
     }
 
     messages: list[Any]
-    n: int | None = pydantic.Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = pydantic.Field(None, ge=1)
     max_completion_tokens: int | None = pydantic.Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
-    stream_options: StreamOptions | None = None
-    return_progress: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
-
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def asked_max_tokens(self) -> int | None:
