@@ -48,9 +48,9 @@ def test_a_dense_read_is_added_up_from_its_chunks() -> None:
 
     exact = sum(chunk(end).seconds for end in range(100, 5001, 100))
     measured = [chunk(end) for end in (1000, 3000, 4000)]
-    assert marginal.dense_read_s(measured, 5000, 100) == pytest.approx(exact)
+    assert marginal.read_s(measured, 5000, 100) == pytest.approx(exact)
     bent = [marginal.ChunkTime(100, 1.0), marginal.ChunkTime(200, 2.0), marginal.ChunkTime(400, 2.0)]
-    assert marginal.dense_read_s(bent, 400, 100) == pytest.approx(1 + 2 + 2 + 2)
+    assert marginal.read_s(bent, 400, 100) == pytest.approx(1 + 2 + 2 + 2)
 
 
 # The report

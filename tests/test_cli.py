@@ -250,8 +250,27 @@ def test_bench_marginal(run: Any, tiny_folder: Path) -> None:
     reads = [row["read_s"] for row in record["rows"]]
     assert reads == sorted(reads) and all(row["dense_chunk_s"] > 0 and row["density"] <= 1 for row in record["rows"])
     expect_record(record)
+    assert all(row["measured"] for row in record["rows"])
+    expect_mistake(run(*arguments, "--positions", "512,1024", "--also", "turbo"), "invalid_configuration", "8192")
     expect_mistake(run(*arguments, "--positions", "512"), "invalid_configuration", "two")
     expect_mistake(run(*arguments, "--positions", "500,1024"), "invalid_configuration", "128")
+
+
+def test_bench_marginal_of_other_presets(run: Any, tiny_folder: Path) -> None:
+    arguments = ("bench", "marginal", "--model", tiny_folder, "--attention", "adaptive", "--preset", "turbo", "--also", "turbo,faithful")
+    room = ("--kv-cache-bytes", str(64 << 20), "--prefill-chunk-tokens", "2048", "--context-extension", "dca")
+    rows = run(*arguments, "--positions", "8192,16384", *room).record["rows"]
+    assert [(row["length"], row["preset"], row["measured"]) for row in rows] == [
+        (length, preset, measured)
+        for length in (8192, 16384)
+        for preset, measured in (("turbo", True), ("turbo", False), ("faithful", False))
+    ]
+    reader, first, faithful = rows[3:]
+    assert first["window_density"] == reader["density"], "it read the same windows, with the same that was known"
+    assert (first["recall"], first["recall_p5"]) == (reader["recall"], reader["recall_p5"])
+    assert faithful["window_density"] > first["window_density"]
+    assert len({row["dense_chunk_s"] for row in rows[3:]}) == 1
+    assert all(row["density"] <= 1 and row["read_s"] > 0 and row["speedup"] > 0 for row in rows)
 
 
 def test_cache(run: Any, tiny_folder: Path, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def bench_marginal(
     model: Model = DEFAULT_MODEL,
     positions: Annotated[str, typer.Option(help="Ends of chunks at which to time a dense chunk too, separated by commas.")] = "16384,32768",
     text: Annotated[str, typer.Option(help="What to read: code, novel, qa.")] = "code",
+    also: Annotated[str | None, typer.Option(help="Other presets whose chunks to time at these positions too, separated by commas.")] = None,
     output: Output = None,
     *,
     config: EngineConfig,
@@ -112,7 +113,8 @@ def bench_marginal(
     """What one more chunk costs at a position, sparse and dense, and what a dense read would have cost."""
     from zen_turbo.bench import marginal
 
-    marginal.run(model=model, positions=integers(positions, "positions"), text=text, config=config, output=output)
+    others = also.split(",") if also else []
+    marginal.run(model=model, positions=integers(positions, "positions"), text=text, config=config, also=others, output=output)
 
 
 @bench_app.command("decode")
