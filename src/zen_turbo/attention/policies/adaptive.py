@@ -13,7 +13,7 @@ So each head's share follows from what its own selection was seen to cost. On sa
 and both are power laws of the share l of mass that is left out: error ~ l^1.7 and pages ~ l^-0.7.
 Each window of the prompt gives samples of their constants; older windows count less and less. A head then leaves out the l at which error / pages
 is ``price``: with equal prices one more page would help every head alike, which is the least total error for so many pages. Up to 32K tokens
-a third of attention takes less time than the linear layers, so a page is priced at ``near_price``; from 64K tokens on it has the full price.
+a third of attention takes less time than the linear layers, so a page is priced at ``near_price``; from 40K tokens on it has the full price.
 Beyond 128K tokens the price grows with the position and fewer rows are scored, so that neither attention nor selection grows without end.
 
 Samples are few, and a head that is needed rarely but then much looks easy in almost all of them. So a share starts at ``mass``, moves by no more
@@ -43,8 +43,9 @@ _ERROR = 1.7
 _PAGES = 0.7
 _FADE = 0.85  # what a window's samples count for in the next one: the last six or seven windows decide
 _MOST_CHANGE = math.log(4)
-# Positions up to which the near price holds, from which the full one does, and from which it grows and fewer rows are scored.
-_NEAR, _FAR, _FARTHER = 32768, 65536, 131072
+# Positions up to which the near price holds (the last window of 32K tokens begins there), from which the full one does, and from which it grows
+# and fewer rows are scored.
+_NEAR, _FAR, _FARTHER = 24576, 40960, 131072
 _LEAST_SAMPLE_ROWS = 4
 
 
@@ -52,7 +53,7 @@ _LEAST_SAMPLE_ROWS = 4
 class AdaptiveSettings:
     """``mass``: share of estimated mass that a head keeps in the beginning, and ``least_mass`` at any time, for the layers of each quarter (or
     other equal part) of the depth. ``price``: relative squared output error per page at which one more page is no longer worth it, in windows
-    that begin at 64K or later (beyond 128K in proportion to the position); ``near_price``: in those that begin before 32K (geometrically in
+    that begin at 40K or later (beyond 128K in proportion to the position); ``near_price``: in those that begin before 32K (geometrically in
     between; None: one price up to 128K).
     ``most_mass``: a head never keeps more, unless ``least_mass`` says so.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
