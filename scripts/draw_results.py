@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 OURS, PEER, FLOOR = "#0b6e4f", "#b5483a", "#8a8f98"
 SHADES = {"faithful": "#3f9a7a", "balanced": "#6fbf9f", "turbo": "#c98a1b"}
+MILLION = "marginal_1m_turbo"
 PASSKEY = tuple(f"passkey_turbo{part}" for part in ("", "_128k", "_256k", "_512k", "_1m_0", "_1m_25", "_1m_lower_half"))
 Points = list[tuple[int, float]]
 
@@ -58,6 +59,10 @@ def points(preset: str | None) -> Points:
     beside = [name for name in beside if same_machine(f"marginal_128k_{name}")][:1]
     for row in heatmap.read_json(RESULTS / f"marginal_128k_{beside[0]}.json")["rows"] if beside else ():
         if row["length"] > longest:
+            found[row["length"]] = row["read_s"] if preset else row["dense_read_s"]
+    longest = max(found)
+    for row in heatmap.read_json(RESULTS / f"{MILLION}.json")["rows"] if (RESULTS / f"{MILLION}.json").exists() and same_machine(MILLION) else ():
+        if row["length"] > longest and row["preset"] == (preset or "turbo"):
             found[row["length"]] = row["read_s"] if preset else row["dense_read_s"]
     return sorted(found.items())
 
