@@ -247,7 +247,7 @@ def results_table() -> str:
     greedy = [row for row in rows("transformers.json") if (row["first"], row["second"]) == ("ours float32", "reference fp32")]
     identical = sum(row["verdict"] == "identical" for row in greedy)
     at_8k = next(row for row in prefill if row["length"] == 8192)
-    longest_records = [f"passkey_turbo_1m_{part}.json" for part in ("lower_half", "0")]
+    longest_records = [f"passkey_turbo_1m_{part}.json" for part in ("25", "lower_half", "0")]
     millions = sorted((row for name in longest_records for row in rows(name)), key=lambda row: row["depth"])
     million = next(row for row in rows(longest_records[0]) if not row["cached_tokens"])
     serve = {row["case"]: row for row in rows("serve.json")}
@@ -258,6 +258,8 @@ def results_table() -> str:
     near = [*rows("passkey_turbo.json"), *rows("passkey_turbo_128k.json")]
     faithful = rows("passkey_faithful.json")
     far = rows("marginal_128k_turbo.json")[-1]
+    marginal = rows("marginal_1m_turbo.json")
+    whole = [row for row in marginal if row["length"] == marginal[-1]["length"]]
     depths = joined([f"{row['depth']:g}" for row in millions])
     tokens = {way: [row for row in rows("decode_1m_code_turbo.json") if row["attention"] == way] for way in ("sparse", "dense")}
     default = [row for row in rows(f"decode_1000_code_{EngineConfig().preset}.json") if row["attention"] == "sparse"]
@@ -284,6 +286,14 @@ def results_table() -> str:
             f"{far['length']:,} tokens of code read with the preset turbo: against dense attention, and over the bf16 linear layers alone",
             f"{far['read_s']:.0f} s, {far['speedup']:.1f}x, {far['floor_ratio']:.2f}x",
             "marginal_128k_turbo.json",
+        ),
+        (
+            f"{whole[0]['length']:,} tokens of code with 8-bit KV pages, presets {joined([row['preset'] for row in whole])}: against dense attention,"
+            " minutes, over the linear layers alone, block pairs read (dense attention and the last two presets added up from measured chunks)",
+            "; ".join(
+                f"{row['speedup']:.0f}x, {row['read_s'] / 60:.0f} min, {row['floor_ratio']:.2f}x, {row['density']:.1%}" for row in whole
+            ),
+            "marginal_1m_turbo.json",
         ),
         (
             "A token of an answer after 4,096, 131,072 and 1,000,000 tokens of code, with the settings of the first line; every page read",

@@ -345,6 +345,20 @@ def test_a_preset_may_bound_the_pages_of_a_block(tiny_folder: Path, small_window
     assert most == {0: 1 + 1 + 1 + 2, 1: 1 + 1 + 1 + 5}
 
 
+def test_a_share_may_fall_further_where_pages_have_their_full_price() -> None:
+    settings = dataclasses.replace(SETTINGS, far_least_mass=(0.5,))
+    needless = torch.full((1, 1), 1e-12)
+    shares = {}
+    for position in (8192, 32768, 40960):
+        learnt = adaptive.begin(1, 1, settings)
+        for _ in range(3):
+            learnt = adaptive.learn(learnt, needless, torch.ones(1, 1), position, settings)
+        shares[position] = 1 - float(learnt.left_out)
+    assert shares == pytest.approx({8192: 0.6, 32768: 0.6, 40960: 0.5})
+    fixed = adaptive.settings_of("faithful", 0.9)
+    assert fixed.least_mass == (0.9,) and fixed.far_least_mass is None, "one share everywhere"
+
+
 def test_presets_pay_less_for_more() -> None:
     assert tuple(adaptive.PRESETS) == PRESETS
     presets = list(adaptive.PRESETS.values())
@@ -355,7 +369,7 @@ def test_presets_pay_less_for_more() -> None:
     assert all(settings.near_price is not None and settings.near_price < settings.price for settings in presets)
     for lower, higher in itertools.pairwise(presets):
         assert all(a < b for a, b in zip(lower.mass, higher.mass, strict=True))
-        assert all(a < b for a, b in zip(lower.least_mass, higher.least_mass, strict=True))
+        assert all(a < b for a, b in zip(lower.least_mass, higher.far_least_mass or higher.least_mass, strict=True))
     assert adaptive.settings_of("turbo", None) is adaptive.PRESETS["turbo"]
     fixed = adaptive.settings_of("turbo", 0.9)
     begun = adaptive.begin(1, 1, fixed)

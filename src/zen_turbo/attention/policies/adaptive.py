@@ -51,10 +51,10 @@ _LEAST_SAMPLE_ROWS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSettings:
-    """``mass``: share of estimated mass that a head keeps in the beginning, and ``least_mass`` at any time, for the layers of each quarter (or
-    other equal part) of the depth. ``price``: relative squared output error per page at which one more page is no longer worth it, in windows
-    that begin at 40K or later (beyond 128K in proportion to the position); ``near_price``: in those that begin before 32K (geometrically in
-    between; None: one price up to 128K).
+    """``mass``: share of estimated mass that a head keeps in the beginning, and ``least_mass`` at any time (``far_least_mass``, if given, where
+    pages have their full price), for the layers of each quarter (or other equal part) of the depth. ``price``: relative squared output error per
+    page at which one more page is no longer worth it, in windows that begin at 40K or later (beyond 128K in proportion to the position);
+    ``near_price``: in those that begin before 32K (geometrically in between; None: one price up to 128K).
     ``most_mass``: a head never keeps more, unless ``least_mass`` says so.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
     a token, so that a preset that has it reads any length in linear time. ``sample_rows``: rows of a query block that are scored, beyond 128K fewer
@@ -65,6 +65,7 @@ class AdaptiveSettings:
     least_mass: tuple[float, ...]
     price: float
     near_price: float | None = None
+    far_least_mass: tuple[float, ...] | None = None
     most_pages: tuple[int, ...] | None = None
     most_mass: float = 0.9995
     sink_pages: int = 1
@@ -85,14 +86,18 @@ class Learnt(NamedTuple):
 PRESETS = {
     "turbo": AdaptiveSettings(mass=(0.80,), least_mass=(0.50,), price=1e-6, near_price=2e-7, most_pages=(512,), sample_rows=8),
     "balanced": AdaptiveSettings(mass=(0.95,), least_mass=(0.60,), price=2e-7, near_price=1e-8),
-    "faithful": AdaptiveSettings(mass=(0.98,), least_mass=(0.90,), price=1.3e-8, near_price=5e-10, end_pages=4096),
+    "faithful": AdaptiveSettings(
+        mass=(0.98,), least_mass=(0.90,), far_least_mass=(0.85,), price=1.3e-8, near_price=5e-10, end_pages=4096
+    ),
 }
 
 
 def settings_of(preset: str, mass: float | None) -> AdaptiveSettings:
     """A preset; with ``mass``, the share that every head keeps, whatever its price. Raises KeyError for an unknown preset."""
     settings = PRESETS[preset]
-    return settings if mass is None else dataclasses.replace(settings, mass=(mass,), least_mass=(mass,), price=math.inf, near_price=None)
+    if mass is None:
+        return settings
+    return dataclasses.replace(settings, mass=(mass,), least_mass=(mass,), far_least_mass=None, price=math.inf, near_price=None)
 
 
 def end_of(num_pages: int, settings: AdaptiveSettings) -> int:
@@ -151,7 +156,8 @@ def learn(learnt: Learnt, error: torch.Tensor, pages: torch.Tensor, position: in
     all_pages = _FADE * learnt.pages + pages * left_out**_PAGES
     best = (price_at(position, settings) * all_pages / all_error.clamp_min(1e-30)) ** (1 / (_ERROR + _PAGES))
     near = left_out * torch.exp(torch.log(best / left_out).clamp(-_MOST_CHANGE, _MOST_CHANGE))
-    near = near.clamp_min(1 - settings.most_mass).minimum(_left_out(settings.least_mass, *left_out.shape))
+    least_mass = settings.least_mass if settings.far_least_mass is None or position < _FAR else settings.far_least_mass
+    near = near.clamp_min(1 - settings.most_mass).minimum(_left_out(least_mass, *left_out.shape))
     return Learnt(torch.where(all_pages > 0, near, learnt.left_out), all_error, all_pages)
 
 
