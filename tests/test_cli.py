@@ -222,7 +222,7 @@ def test_bench_fidelity(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
     record = run(*sparse).record
     (row,) = record["rows"]
     assert record["bench"] == "fidelity"
-    keys = "length text attention preset density recall_mean recall_p5 output_rel_error top1_agreement kl"
+    keys = "length text attention preset density recall_mean recall_p5 output_rel_error top1_agreement kl prefill_s dense_prefill_s"
     assert set(keys.split()) <= set(row)
     assert (row["text"], row["attention"], row["preset"]) == ("code", "adaptive", "balanced")
     assert 0 < row["density"] < 1 and 0 < row["recall_mean"] < 1 and row["kl"] > 0

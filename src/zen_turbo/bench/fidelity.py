@@ -54,6 +54,7 @@ COLUMNS = (
     "top1_agreement",
     "kl",
     "prefill_s",
+    "dense_prefill_s",
 )
 
 
@@ -95,24 +96,32 @@ def last_logits(
     return torch.cat(parts)
 
 
-def dense_logits(engine: Engine, model: str, tokens: Sequence[int], keep: Path | None) -> torch.Tensor:
+class DensePass(NamedTuple):
+    """Logits as ``last_logits`` gives them, and the seconds that reading took."""
+
+    logits: torch.Tensor
+    seconds: float
+
+
+def dense_pass(engine: Engine, model: str, tokens: Sequence[int], keep: Path | None) -> DensePass:
     """``last_logits`` of dense attention with nothing quantised and the engine's other settings, from ``keep`` if they are there."""
     settings = engine.config.to_dict()
     facts = [engine.model_fingerprint, fingerprint(tokens), len(tokens), NUM_ROWS, {name: settings[name] for name in _DENSE_KNOBS}]
-    path = None if keep is None else keep / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.pt"
+    path = None if keep is None else keep / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.timed.pt"
     if path is not None and path.exists():
-        return torch.load(path, weights_only=True)
+        return DensePass(**torch.load(path, weights_only=True))
     plain = {"attention": "dense", "kv_dtype": "auto", "linear_dtype": "full", "decode_attention": "dense", "store": None}
     reference = LLM(model, config=EngineConfig.from_dict({**settings, **plain})).engine
     try:
-        logits = last_logits(reference, tokens)
+        began = time.perf_counter()
+        found = DensePass(last_logits(reference, tokens), time.perf_counter() - began)
     finally:
         reference.close()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(logits, path.with_suffix(".partial"))
+        torch.save(found._asdict(), path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
-    return logits
+    return found
 
 
 def run(
@@ -142,9 +151,8 @@ def run(
     for length in lengths:
         for name, source in sources.items():
             tokens = read_tokens(engine.tokenizer, length, source)
-            began = time.perf_counter()
-            dense = dense_logits(engine, model, tokens, keep_dense)
-            experiment.log(f"{length} tokens of {name}: dense, {time.perf_counter() - began:.1f} s")
+            dense = dense_pass(engine, model, tokens, keep_dense)
+            experiment.log(f"{length} tokens of {name}: dense, {dense.seconds:.1f} s")
             state = engine.new_fidelity(dense_from=length) if engine.config.attention != "dense" else None
             began = time.perf_counter()
             sparse = last_logits(engine, tokens, fidelity=state)
@@ -159,8 +167,9 @@ def run(
                 "density": state.density if state else 1.0,
                 "recall_mean": state.recall if state else None,
                 "recall_p5": state.recall_p5 if state else None,
-                **compare(dense, sparse)._asdict(),
+                **compare(dense.logits, sparse)._asdict(),
                 "prefill_s": seconds,
+                "dense_prefill_s": dense.seconds,
                 "prompt_sha256": fingerprint(tokens),
             }
             shown = ", ".join(f"{key} {row[key]:.4g}" for key in ("density", "recall_mean", "top1_agreement", "kl") if row[key] is not None)
