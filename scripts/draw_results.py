@@ -37,6 +37,7 @@ def main() -> None:
     rows = [row for record in passkey for row in record["rows"]]
     found = sum(row["correct"] for row in rows)
     heatmap.draw(right, heatmap.grid_of(rows), title=f"Passkey found, preset turbo: {found} of {len(rows)}")
+    right.tick_params(axis="x", labelsize=8)
     figure.savefig(ROOT / "docs" / "images" / "results.svg", metadata={"Date": None})
 
 

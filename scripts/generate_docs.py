@@ -256,7 +256,7 @@ def results_table() -> str:
     page = {row["case"]: row for row in rows("page_novel.json")}
     megabytes = read_json(ROOT / "results" / "page_novel.json")["settings"]["bytes"] / 1e6
     near = [*rows("passkey_turbo.json"), *rows("passkey_turbo_128k.json")]
-    faithful = rows("passkey_faithful.json")
+    farther, faithful = rows("passkey_turbo_256k.json"), rows("passkey_faithful.json")
     far = rows("marginal_128k_turbo.json")[-1]
     marginal = rows("marginal_1m_turbo.json")
     whole = [row for row in marginal if row["length"] == marginal[-1]["length"]]
@@ -326,9 +326,10 @@ def results_table() -> str:
             "serve_load.json",
         ),
         (
-            f"Passkey found with the preset turbo in prompts of 4K to {length_text(near[-1]['length'])} tokens, eleven depths",
-            f"{sum(row['correct'] for row in near)} of {len(near)}",
-            "passkey_turbo.json, passkey_turbo_128k.json",
+            f"Passkey found with the preset turbo in prompts of 4K to {length_text(near[-1]['length'])} tokens, eleven depths, and of"
+            f" {length_text(farther[-1]['length'])}, five",
+            f"{sum(row['correct'] for row in [*near, *farther])} of {len(near) + len(farther)}",
+            "passkey_turbo.json, passkey_turbo_128k.json, passkey_turbo_256k.json",
         ),
         (
             f"The same with dense attention, 4K to {longest} tokens (the model was trained on 32K)",
