@@ -48,7 +48,8 @@ def measurements() -> dict[str, Measurement]:
     for label, length, depths, minutes in (("256k", 262144, "5", 40), ("512k", 524288, "5", 90), *parts):
         options = ["--lengths", str(length), "--depths", depths, *preset_of("turbo"), "--kv-dtype", "int8"]
         add(f"passkey_turbo_{label}", minutes, "eval", "passkey", *options)
-    add("passkey_balanced", 50, "eval", "passkey", "--lengths", f"{short},131072", *grid, *preset_of("balanced"))
+    add("passkey_balanced", 25, "eval", "passkey", "--lengths", short, *grid, *preset_of("balanced"))
+    add("passkey_balanced_128k", 26, "eval", "passkey", "--lengths", "131072", *grid, *preset_of("balanced"))
     add("passkey_faithful", 25, "eval", "passkey", "--lengths", short, *grid, *preset_of("faithful"))
     for length, label, questions, minutes in ((32768, "32k", 200, 60), (131072, "128k", 100, 150)):
         options = ["--lengths", str(length), "--questions", str(questions)]

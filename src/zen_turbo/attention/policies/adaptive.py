@@ -87,7 +87,7 @@ PRESETS = {
     "turbo": AdaptiveSettings(mass=(0.80,), least_mass=(0.50,), price=1e-6, near_price=2e-7, most_pages=(512,), sample_rows=8),
     "balanced": AdaptiveSettings(mass=(0.95,), least_mass=(0.60,), price=2e-7, near_price=1e-8),
     "faithful": AdaptiveSettings(
-        mass=(0.98,), least_mass=(0.90,), far_least_mass=(0.85,), price=1.3e-8, near_price=5e-10, end_pages=4096
+        mass=(0.98,), least_mass=(0.90,), far_least_mass=(0.85,), price=2e-8, near_price=5e-10, end_pages=4096
     ),
 }
 
