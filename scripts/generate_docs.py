@@ -258,6 +258,8 @@ def results_table() -> str:
     near = [*rows("passkey_turbo.json"), *rows("passkey_turbo_128k.json")]
     farther, faithful = rows("passkey_turbo_256k.json"), rows("passkey_faithful.json")
     far = rows("marginal_128k_turbo.json")[-1]
+    records_at_128k = [f"fidelity_128k_code_{preset}.json" for preset in ("balanced", "faithful")]
+    at_128k = [row for name in records_at_128k for row in rows(name)]
     marginal = rows("marginal_1m_turbo.json")
     whole = [row for row in marginal if row["length"] == marginal[-1]["length"]]
     depths = joined([f"{row['depth']:g}" for row in millions])
@@ -286,6 +288,15 @@ def results_table() -> str:
             f"{far['length']:,} tokens of code read with the preset turbo: against dense attention, and over the bf16 linear layers alone",
             f"{far['read_s']:.0f} s, {far['speedup']:.1f}x, {far['floor_ratio']:.2f}x",
             "marginal_128k_turbo.json",
+        ),
+        (
+            f"The same with {joined([row['preset'] for row in at_128k])}: seconds, against dense attention; the last 512 positions: same next token"
+            " as with dense attention, KL to it",
+            "; ".join(
+                f"{row['prefill_s']:.0f} s, {row['dense_prefill_s'] / row['prefill_s']:.1f}x, {row['top1_agreement']:.1%}, {row['kl']:.4f}"
+                for row in at_128k
+            ),
+            ", ".join(records_at_128k),
         ),
         (
             f"{whole[0]['length']:,} tokens of code with 8-bit KV pages, presets {joined([row['preset'] for row in whole])}: against dense attention,"
