@@ -132,7 +132,7 @@ def run(
         row["linear_floor_s"] = linear_flops(engine, row["length"]) / rate
         row["floor_ratio"] = row["read_s"] / row["linear_floor_s"]
         row["prompt_sha256"] = fingerprint(tokens[: row["length"]])
-    note = "dense_read_s, and read_s where measured is no, are added up from measured chunks; everything else is measured."
+    note = "dense_read_s, and read_s and density where measured is no, are added up from measured chunks; everything else is measured."
     return experiment.finish(rows, columns=COLUMNS, note=note)
 
 
