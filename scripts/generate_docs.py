@@ -256,7 +256,7 @@ def results_table() -> str:
     page = {row["case"]: row for row in rows("page_novel.json")}
     megabytes = read_json(ROOT / "results" / "page_novel.json")["settings"]["bytes"] / 1e6
     near = [*rows("passkey_turbo.json"), *rows("passkey_turbo_128k.json")]
-    farther, faithful = rows("passkey_turbo_256k.json"), rows("passkey_faithful.json")
+    farther, balanced, faithful = (rows(f"passkey_{name}.json") for name in ("turbo_256k", "balanced", "faithful"))
     far = rows("marginal_128k_turbo.json")[-1]
     records_at_128k = [f"fidelity_128k_code_{preset}.json" for preset in ("balanced", "faithful")]
     at_128k = [row for name in records_at_128k for row in rows(name)]
@@ -348,9 +348,9 @@ def results_table() -> str:
             "passkey_dense*.json",
         ),
         (
-            f"And with the preset faithful, 4K to {length_text(faithful[-1]['length'])} tokens, five depths",
-            f"{sum(row['correct'] for row in faithful)} of {len(faithful)}",
-            "passkey_faithful.json",
+            f"And with each of the presets balanced and faithful, 4K to {length_text(faithful[-1]['length'])} tokens, five depths",
+            f"{sum(row['correct'] for row in [*balanced, *faithful])} of {len(balanced) + len(faithful)}",
+            "passkey_balanced.json, passkey_faithful.json",
         ),
         (
             f"Time to first token against llama.cpp's best setting, {joined([length_text(row['length']) for row in peers])} tokens",
