@@ -54,17 +54,16 @@ def points(preset: str | None) -> Points:
     """(tokens, seconds) of dense attention or a preset, ascending."""
     name = preset or "dense"
     found = {row["length"]: row["ttft_s"] for row in heatmap.read_json(RESULTS / f"prefill_{name}.json")["rows"]}
-    longest = max(found)
     # Dense times beside a preset whose other layers are those of dense attention, if there are any; those beside turbo's 8-bit layers are shorter.
-    beside = [name for name in (preset or "balanced", preset or "turbo") if (RESULTS / f"marginal_128k_{name}.json").exists()]
-    beside = [name for name in beside if same_machine(f"marginal_128k_{name}")][:1]
-    for row in heatmap.read_json(RESULTS / f"marginal_128k_{beside[0]}.json")["rows"] if beside else ():
-        if row["length"] > longest:
-            found[row["length"]] = row["read_s"] if preset else row["dense_read_s"]
-    longest = max(found)
-    for row in heatmap.read_json(RESULTS / f"{MILLION}.json")["rows"] if (RESULTS / f"{MILLION}.json").exists() and same_machine(MILLION) else ():
-        if row["length"] > longest and row["preset"] == (preset or "turbo"):
-            found[row["length"]] = row["read_s"] if preset else row["dense_read_s"]
+    beside = [(f"marginal_128k_{reader}", reader) for reader in (preset or "balanced", preset or "turbo")]
+    beside = [(record, reader) for record, reader in beside if (RESULTS / f"{record}.json").exists() and same_machine(record)][:1]
+    if (RESULTS / f"{MILLION}.json").exists() and same_machine(MILLION):
+        beside.append((MILLION, preset or "turbo"))
+    for record, reader in beside:
+        longest = max(found)
+        for row in heatmap.read_json(RESULTS / f"{record}.json")["rows"]:
+            if row["length"] > longest and row["preset"] == reader:
+                found[row["length"]] = row["read_s"] if preset else row["dense_read_s"]
     return sorted(found.items())
 
 

@@ -124,6 +124,7 @@ def run(
     dense = [ChunkTime(row["length"], row["dense_chunk_s"]) for row in rows if row["measured"]]
     for row in rows:
         if not row["measured"]:
+            row["dense_chunk_s"] = dict(dense)[row["length"]]
             mine = [other for other in rows if other["preset"] == row["preset"] and not other["measured"]]
             row["read_s"] = read_s([ChunkTime(other["length"], other["chunk_s"]) for other in mine], row["length"], grid)
             row["density"] = _read_density([(other["length"], other["window_density"]) for other in mine], row["length"], grid)
@@ -168,15 +169,13 @@ def _read(experiment: Experiment, engine: Engine, others: Sequence[Engine], toke
                     "measured": True,
                     "read_s": read,
                     "chunk_s": seconds,
+                    "dense_chunk_s": dense_s,
                     "density": state.density if state else 1.0,
                     "recall": state.recall if state else None,
                     "recall_p5": state.recall_p5 if state else None,
                     "peak_rss_gib": peak_rss_bytes() / GIB,
                 }
                 rows.append(row)
-                for at_this_length in rows:
-                    if at_this_length["length"] == end:
-                        at_this_length["dense_chunk_s"] = dense_s
                 experiment.log(f"{end:,} tokens: read in {read:.0f} s; this chunk {seconds:.2f} s, dense {dense_s:.2f} s")
             elif end // grid % 16 == 0:
                 experiment.log(f"{end:,} tokens: read in {read:.0f} s; this chunk {seconds:.2f} s")
