@@ -34,6 +34,13 @@ static inline float reduce_add(vec a) {
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
+template <int DISTANCE>
+static inline vec swap_lanes(vec v) {  // lane i gets what lane i ^ DISTANCE has
+  if constexpr (DISTANCE == 1) return {_mm256_permute_ps(v.lo, 0xb1), _mm256_permute_ps(v.hi, 0xb1)};
+  if constexpr (DISTANCE == 2) return {_mm256_permute_ps(v.lo, 0x4e), _mm256_permute_ps(v.hi, 0x4e)};
+  if constexpr (DISTANCE == 4) return {_mm256_permute2f128_ps(v.lo, v.lo, 1), _mm256_permute2f128_ps(v.hi, v.hi, 1)};
+  return {v.hi, v.lo};
+}
 static inline bool any_greater(vec a, vec b) {
   return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ))) != 0;
 }

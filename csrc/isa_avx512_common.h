@@ -24,6 +24,13 @@ static inline vec max_(vec a, vec b) { return _mm512_max_ps(a, b); }
 static inline float reduce_max(vec a) { return _mm512_reduce_max_ps(a); }
 static inline float reduce_add(vec a) { return _mm512_reduce_add_ps(a); }
 static inline bool any_greater(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+template <int DISTANCE>
+static inline vec swap_lanes(vec v) {  // lane i gets what lane i ^ DISTANCE has
+  if constexpr (DISTANCE == 1) return _mm512_permute_ps(v, 0xb1);
+  if constexpr (DISTANCE == 2) return _mm512_permute_ps(v, 0x4e);
+  if constexpr (DISTANCE == 4) return _mm512_shuffle_f32x4(v, v, 0xb1);
+  return _mm512_shuffle_f32x4(v, v, 0x4e);
+}
 
 // Of linear_int8.inl, what does not depend on how four products are added.
 typedef __m512i ivec;

@@ -33,6 +33,12 @@ static inline float reduce_add(vec a) {
   for (int i = 0; i < 16; i++) s += a[i];
   return s;
 }
+template <int DISTANCE>
+static inline vec swap_lanes(vec v) {  // lane i gets what lane i ^ DISTANCE has
+  vec swapped;
+  for (int i = 0; i < 16; i++) swapped[i] = v[i ^ DISTANCE];
+  return swapped;
+}
 static inline bool any_greater(vec a, vec b) {
   const ivec greater = a > b;
   int32_t any = 0;

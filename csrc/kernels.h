@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #define ZT_PAGE 64
-#define ZT_ABI_VERSION 10
+#define ZT_ABI_VERSION 11
 
 enum zt_dtype { ZT_BF16 = 0, ZT_F32 = 1, ZT_INT8 = 2 /* pages only */ };
 enum zt_status { ZT_OK = 0, ZT_BAD_ARGUMENT = 1, ZT_NO_MEMORY = 2 };
@@ -137,8 +137,9 @@ typedef struct {
 
 /* out[r][o] = x[r] . W[o] + bias[o]. x [rows][inputs] and out [rows][outputs] of `dtype`, contiguous; bias f32, whole panels.
  * With weight_scales on 8-bit integers (linear_int8.inl): weights [panels of 64 outputs][padded inputs / 4][64][4], scales f32 [panels * 64];
- * inputs are padded to a multiple of 4 * groups; `fine` activations are of two codes, sixteen bits together; out may be f32 where x is not.
- * Without, in f32 (linear_bf16.inl): weights bf16 [panels of 16 outputs][inputs][16]; groups and fine are not looked at. */
+ * inputs are padded to a multiple of 4 * groups; `fine` activations are of two codes, sixteen bits together; with `rotate` whole blocks of 64
+ * inputs are rotated, as those of the weights are; out may be f32 where x is not.
+ * Without, in f32 (linear_bf16.inl): weights bf16 [panels of 16 outputs][inputs][16]; groups, fine and rotate are not looked at. */
 typedef struct {
   const void* x;
   const void* weights;
@@ -146,7 +147,7 @@ typedef struct {
   const float* bias; /* or null */
   void* out;
   int64_t rows, inputs, outputs, groups;
-  int32_t dtype, out_dtype, fine, num_threads;
+  int32_t dtype, out_dtype, fine, rotate, num_threads;
 } zt_linear_args;
 
 /* What stays from token to token of one sequence in one layer: arguments that zt_tokens completes and passes on, and the list of pages that it

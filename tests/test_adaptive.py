@@ -254,6 +254,8 @@ def test_pages_are_worth_more_where_there_are_few_pairs() -> None:
     prices = [adaptive.price_at(position, settings) for position in (0, 24576, 32768, 40960, 131072, 262144, 1048576)]
     assert prices == pytest.approx([1e-5, 1e-5, 1e-4, 1e-3, 1e-3, 2e-3, 8e-3])
     assert adaptive.price_at(8192, SETTINGS) == SETTINGS.price, "with one price it holds up to 128K"
+    steeper = dataclasses.replace(settings, price_growth=1.5)
+    assert [adaptive.price_at(position, steeper) for position in (40960, 131072, 524288)] == pytest.approx([1e-3, 1e-3, 8e-3])
     near, far = (adaptive.learn(adaptive.begin(1, 1, settings), torch.ones(1, 1), torch.full((1, 1), 4e2), at, settings) for at in (32768, 131072))
     assert 0 < float(near.left_out) < float(far.left_out)
 

@@ -15,12 +15,15 @@ from zen_turbo.errors import ConfigurationError
 ATTENTION_POLICIES = ("dense", "adaptive", "minference", "flexprefill", "xattention", "tri_shape")
 DECODE_POLICIES = ("auto", "dense", "sparse", "snapkv")
 KV_DTYPES = ("auto", "int8")
-LINEAR_DTYPES = ("auto", "full", "int8")
+LINEAR_DTYPES = ("auto", "full", "int8", "int8-far")
 PRESETS = ("turbo", "balanced", "faithful")
 DTYPES = ("bfloat16", "float32")
 CONTEXT_EXTENSIONS = ("dca", "none")
 _POSITIVE = tuple("decode_pages store_bytes max_model_len kv_cache_bytes max_num_seqs num_threads dca_chunk_size dca_local_size".split())
 PAGE_TOKENS = 64
+# From here on a page has its full price (attention/policies/adaptive.py) and linear layers may be 8-bit (models/linear.py). Beyond any prompt of 32K
+# tokens, and where a window of selection begins.
+FAR_TOKENS = 40960
 
 
 def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -73,7 +76,8 @@ class EngineConfig:
     linear_dtype: str = _knob(
         "auto",
         "Arithmetic of the layers' linear layers: full (as dtype), int8 (weights and activations; faster with AVX2 or AVX-512, slow without), "
-        "or auto: int8 for the preset turbo where it is faster, else full.",
+        "int8-far (int8 for a prompt's tokens from 40,960 on, full for all others; half as much memory again for weights), or auto: where integers "
+        "are faster, int8 for the preset turbo and int8-far for balanced; else full.",
         choices=LINEAR_DTYPES,
     )
     kv_cache_bytes: int | None = _knob(None, "Most memory the KV pages may take, in bytes. Default: 85 % of the memory free after loading.")

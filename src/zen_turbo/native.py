@@ -24,7 +24,7 @@ from zen_turbo.errors import KernelError
 
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "scalar")
 ISA_ENVIRONMENT = "ZEN_TURBO_ISA"
-_ABI_VERSION = 10
+_ABI_VERSION = 11
 NUM_VARIANTS = 3  # of a query: same span, previous span, older (Dual Chunk Attention)
 
 _pointer = ctypes.c_void_p
@@ -150,6 +150,7 @@ class LinearArgs(ctypes.Structure):
         ("dtype", _int32),
         ("out_dtype", _int32),
         ("fine", _int32),
+        ("rotate", _int32),
         ("num_threads", _int32),
     )
 

@@ -19,7 +19,7 @@ from zen_turbo.kv.store import PageStore, StoredPage
 from zen_turbo.models.linear import linear_arithmetic
 from zen_turbo.native import selected_isa
 
-PAGE_FORMAT = 5  # of what a page holds; to be raised when kernels or policies write other numbers than before
+PAGE_FORMAT = 6  # of what a page holds; to be raised when kernels or policies write other numbers than before
 # decode_* are among them because an answer's pages are its conversation's own.
 _KNOBS_WITHOUT_EFFECT_ON_PAGES = frozenset(
     """max_model_len prefill_chunk_tokens kv_cache_bytes max_num_seqs num_threads store store_bytes decode_attention decode_pages

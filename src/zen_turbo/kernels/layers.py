@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from zen_turbo import native
 from zen_turbo.kernels.checks import DTYPES, calling, need
 
 _PANEL_OUTPUTS = {torch.uint8: 64, torch.bfloat16: 16}  # outputs of a linear layer that lie together, by the dtype of its codes
+_ROTATED_INPUTS = 64  # of a block
 
 
 def norm_args(
@@ -63,7 +65,8 @@ class PackedWeights(NamedTuple):
     """A weight [outputs, inputs] as the kernels of ``csrc/linear.inl`` read it.
 
     codes: uint8 [panels, padded_inputs / 4, 64, 4], or bfloat16 [panels, inputs, 16]; scales: float32 [panels * 64], one per output, or None
-    with bfloat16; groups: equal parts of the inputs with a scale of their own in every row of activations (1 with bfloat16).
+    with bfloat16; groups: equal parts of the inputs with a scale of their own in every row of activations (1 with bfloat16); rotated: whole blocks
+    of 64 inputs are, and activations have to be.
     """
 
     codes: torch.Tensor
@@ -71,6 +74,7 @@ class PackedWeights(NamedTuple):
     inputs: int
     outputs: int
     groups: int
+    rotated: bool = False
 
     @property
     def padded_outputs(self) -> int:
@@ -83,21 +87,33 @@ def _panels_of(weight: torch.Tensor, dtype: torch.dtype, padded_inputs: int) -> 
     return torch.zeros((-(-len(weight) // panel) * panel, padded_inputs), dtype=dtype)
 
 
-def pack_int8(weight: torch.Tensor, *, most_group_inputs: int = 1024) -> PackedWeights:
+def _rotated(weight: torch.Tensor) -> torch.Tensor:
+    """Whole blocks of inputs times the orthogonal Hadamard matrix, f32 [outputs, inputs]."""
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < _ROTATED_INPUTS:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], dim=1), torch.cat([hadamard, -hadamard], dim=1)])
+    whole = weight.shape[1] // _ROTATED_INPUTS * _ROTATED_INPUTS
+    blocks = weight[:, :whole].reshape(len(weight), -1, _ROTATED_INPUTS) @ (hadamard / math.sqrt(_ROTATED_INPUTS))
+    return torch.cat([blocks.view(len(weight), whole), weight[:, whole:]], dim=1)
+
+
+def pack_int8(weight: torch.Tensor, *, most_group_inputs: int = 1024, rotate: bool = False) -> PackedWeights:
     """Quantise a weight, bf16 or f32 [outputs, inputs]: one scale per output, codes to nearest. Groups are as few as give at most
-    ``most_group_inputs`` inputs each."""
+    ``most_group_inputs`` inputs each. rotate: multiply whole blocks of 64 inputs by the Hadamard matrix first, here and in activations, which
+    spreads their loud channels (QuaRot, arXiv 2404.00456); products stay what they are but for rounding."""
     outputs, inputs = weight.shape
+    weight = _rotated(weight.float()) if rotate else weight.float()
     fewest = -(-inputs // most_group_inputs)
     groups = next((count for count in range(fewest, 2 * fewest + 1) if inputs % (4 * count) == 0), fewest)  # equal parts without padding, if any
     codes = _panels_of(weight, torch.uint8, -(-inputs // (4 * groups)) * 4 * groups)
     codes.fill_(128)
-    largest = weight.float().abs().amax(dim=1)
+    largest = weight.abs().amax(dim=1)
     scales = torch.zeros(len(codes))
     scales[:outputs] = largest / 127
     inverse = torch.where(largest > 0, 127 / largest, torch.zeros(()))
-    codes[:outputs, :inputs] = ((weight.float() * inverse[:, None]).round() + 128).to(torch.uint8)
+    codes[:outputs, :inputs] = ((weight * inverse[:, None]).round() + 128).to(torch.uint8)
     tiles = codes.view(-1, _PANEL_OUTPUTS[torch.uint8], codes.shape[1] // 4, 4).transpose(1, 2).contiguous()
-    return PackedWeights(tiles, scales, inputs, outputs, groups)
+    return PackedWeights(tiles, scales, inputs, outputs, groups, rotate)
 
 
 def pack_bf16(weight: torch.Tensor) -> PackedWeights:
@@ -142,6 +158,7 @@ def linear_args(
         DTYPES[x.dtype],
         DTYPES[out.dtype],
         fine,
+        weights.rotated,
         num_threads or torch.get_num_threads(),
     )
 

@@ -14,6 +14,7 @@ Shape legend: T rows of the chunk, H hidden size, I intermediate size, V vocabul
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,11 +31,11 @@ from zen_turbo.attention.dca import DualChunk
 from zen_turbo.attention.decode import SparseDecode
 from zen_turbo.attention.fidelity import Fidelity, Observation
 from zen_turbo.attention.rope import RotaryEmbedding
-from zen_turbo.config import PAGE_TOKENS, EngineConfig
+from zen_turbo.config import FAR_TOKENS, PAGE_TOKENS, EngineConfig
 from zen_turbo.errors import UnsupportedModelError
 from zen_turbo.kernels import LayerWeights, PageView, Queries, TokenBatch, TokenLayer
 from zen_turbo.models.config import ModelConfig
-from zen_turbo.models.linear import LINEARS, TILE_ROWS, KernelLinear, Linear, head_linear, linear_arithmetic
+from zen_turbo.models.linear import LINEARS, TILE_ROWS, KernelLinear, Kinds, Linear, head_linear, linear_arithmetic
 from zen_turbo.models.loader import Checkpoint
 
 # Rows of logits that are looked at together: 40 MB with a vocabulary of 150,000.
@@ -79,16 +80,23 @@ class TokenRow(NamedTuple):
     answer: Answer
 
 
-@dataclass(frozen=True)
-class _Layer:
-    input_norm: torch.Tensor
+class _Linears(NamedTuple):
     qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
     out: Linear
-    post_norm: torch.Tensor
     gate_up: Linear
     down: Linear
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """far: the linears of a prompt's tokens from FAR_TOKENS on; near: those of all others."""
+
+    input_norm: torch.Tensor
+    near: _Linears
+    far: _Linears
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    post_norm: torch.Tensor
     window: int | None
     rotate: bool
 
@@ -119,9 +127,12 @@ class Decoder:
         self.timers = Timers()
         self._embedding = checkpoint.tensor("model.embed_tokens.weight", self.dtype)  # [V, H]
         self._layers = []
-        linear = LINEARS[linear_arithmetic(engine_config)]
+        kinds = LINEARS[linear_arithmetic(engine_config)]
+        longest = engine_config.max_model_len or (math.inf if self.dual_chunk else trained_window(config))
+        if longest <= FAR_TOKENS:
+            kinds = Kinds(kinds.near, kinds.near)
         for index in range(config.num_hidden_layers):
-            self._layers.append(_load_layer(checkpoint, index, self.dtype, linear))
+            self._layers.append(_load_layer(checkpoint, index, self.dtype, kinds))
             if on_layer:
                 on_layer(index + 1, config.num_hidden_layers)
         self._norm = checkpoint.tensor("model.norm.weight", torch.float32)
@@ -143,7 +154,7 @@ class Decoder:
         """The layers as one native call multiplies them, None where they are not our own kernels'."""
         found = []
         for layer in self._layers:
-            linears = [linear.weights for linear in (layer.qkv, layer.out, layer.gate_up, layer.down) if isinstance(linear, KernelLinear)]
+            linears = [linear.weights for linear in layer.near if isinstance(linear, KernelLinear)]
             if len(linears) < 4:
                 return None
             qkv, out, gate_up, down = linears
@@ -153,14 +164,11 @@ class Decoder:
     @property
     def linear_flops_per_token(self) -> int:
         """FLOP of the linear layers for one prompt token (the output head runs once per prompt and is not counted)."""
-        return sum(
-            linear.flops_per_row for layer in self._layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
-        )
+        return sum(linear.flops_per_row for layer in self._layers for linear in layer.near)
 
     def linear_shapes(self) -> list[tuple[int, int]]:
         """(in_features, out_features) of one layer's linears, for measuring the GEMM rate on this model's shapes."""
-        layer = self._layers[0]
-        return [(linear.in_features, linear.out_features) for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        return [(linear.in_features, linear.out_features) for linear in self._layers[0].near]
 
     def begin(
         self,
@@ -192,7 +200,7 @@ class Decoder:
             queries, kv = self._store(index, run.plan, qkv, run.pages(index))
             return self._attend_chunk(index, run, queries, kv)
 
-        run.delta = self._layer(index, run.residual, run.delta, attend)
+        run.delta = self._layer(index, run.residual, run.delta, attend, near_rows=max(0, FAR_TOKENS - run.plan.first_position))
         run.next_layer += 1
         return run.next_layer < len(self._layers)
 
@@ -207,7 +215,7 @@ class Decoder:
     def each_logits(self, run: ChunkRun, see: Callable[[int, torch.Tensor], None]) -> None:
         """Show the logits of all rows of such a chunk, a tile at a time: the position of the tile's first row, and f32 [tile, V]."""
         assert run.delta is not None and run.next_layer == len(self._layers)
-        for tile in _tiles(run.plan.num_rows, LOGITS_TILE_ROWS):
+        for tile in _tiles(0, run.plan.num_rows, size=LOGITS_TILE_ROWS):
             # A copy, because the norm adds delta to the residual in place.
             see(run.plan.first_position + tile.start, self._logits(run.residual[tile].clone(), run.delta[tile]))
 
@@ -280,31 +288,39 @@ class Decoder:
     def _through_layers(self, residual: torch.Tensor, attend: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         delta: torch.Tensor | None = None
         for index in range(len(self._layers)):
-            delta = self._layer(index, residual, delta, functools.partial(attend, index))
+            delta = self._layer(index, residual, delta, functools.partial(attend, index), near_rows=len(residual))
         assert delta is not None
         return delta
 
     def _layer(
-        self, index: int, residual: torch.Tensor, delta: torch.Tensor | None, attend: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        index: int,
+        residual: torch.Tensor,
+        delta: torch.Tensor | None,
+        attend: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        near_rows: int,
     ) -> torch.Tensor:
         """One block. residual [T, H] is updated in place; ``delta`` is the previous block's MLP output, added here. Returns this block's.
-        attend: [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
+        attend: [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]; near_rows: as many rows as may be there have the near linears."""
         layer, config, rows = self._layers[index], self.config, len(residual)
         eps = config.rms_norm_eps
+        near = min(rows, near_rows)
+        tiles = [(tile, layer.near) for tile in _tiles(0, near)] + [(tile, layer.far) for tile in _tiles(near, rows)]
         x = residual.new_empty((min(rows, TILE_ROWS), config.hidden_size), dtype=self.dtype)
-        qkv = residual.new_empty((rows, layer.qkv.out_features), dtype=self.dtype)
-        for tile in _tiles(rows):
+        qkv = residual.new_empty((rows, layer.near.qkv.out_features), dtype=self.dtype)
+        for tile, linears in tiles:
             part = x[: tile.stop - tile.start]
             kernels.add_rms_norm(residual[tile], delta[tile] if delta is not None else None, layer.input_norm, part, eps=eps)
-            qkv[tile] = self._linear(layer.qkv, part)
+            qkv[tile] = self._linear(linears.qkv, part)
         attended = attend(qkv)
         out = residual.new_empty((rows, config.hidden_size), dtype=self.dtype)
         hidden = residual.new_empty((min(rows, TILE_ROWS), config.intermediate_size), dtype=self.dtype)
-        for tile in _tiles(rows):
+        for tile, linears in tiles:
             part, gated = x[: tile.stop - tile.start], hidden[: tile.stop - tile.start]
-            kernels.add_rms_norm(residual[tile], self._linear(layer.out, attended[tile]), layer.post_norm, part, eps=eps)
-            kernels.silu_mul(self._linear(layer.gate_up, part), gated)
-            out[tile] = self._linear(layer.down, gated)
+            kernels.add_rms_norm(residual[tile], self._linear(linears.out, attended[tile]), layer.post_norm, part, eps=eps)
+            kernels.silu_mul(self._linear(linears.gate_up, part), gated)
+            out[tile] = self._linear(linears.down, gated)
         return out
 
     def _store(self, index: int, plan: ChunkPlan, qkv: torch.Tensor, kv: PageView) -> tuple[Queries, PageView]:
@@ -341,7 +357,7 @@ class Decoder:
             start = time.perf_counter()
             for row in rows:
                 exact, lse_full = attention.full_row(plan, queries, kv, row)
-                error = self._head_errors(self._layers[index].out, attended[row].view_as(exact), exact, residual[row])
+                error = self._head_errors(self._layers[index].near.out, attended[row].view_as(exact), exact, residual[row])
                 pages = pages_read(lists, block=row // PAGE_TOKENS, num_blocks=-(-plan.num_rows // PAGE_TOKENS), num_heads=len(exact))
                 fidelity.observe_row(
                     Observation(plan.first_position + row, index, error, pages.float()), lse_kept=lse[:, row], lse_full=lse_full
@@ -383,34 +399,40 @@ class Decoder:
     def _logits(self, residual: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         x = torch.empty_like(delta)
         kernels.add_rms_norm(residual, delta, self._norm, x, eps=self.config.rms_norm_eps)
-        return torch.cat([self._linear(self._head, x[tile]).float() for tile in _tiles(len(x))])
+        return torch.cat([self._linear(self._head, x[tile]).float() for tile in _tiles(0, len(x))])
 
 
-def _tiles(rows: int, size: int = TILE_ROWS) -> list[slice]:
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _tiles(first: int, last: int, *, size: int = TILE_ROWS) -> list[slice]:
+    return [slice(start, min(start + size, last)) for start in range(first, last, size)]
 
 
-def _load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype, kind: type[Linear]) -> _Layer:
+def _load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype, kinds: Kinds) -> _Layer:
     config = checkpoint.config
     prefix = f"model.layers.{index}."
 
-    def fused(names: tuple[str, ...], bias: bool) -> Linear:
-        weights = [checkpoint.tensor(f"{prefix}{name}.weight", dtype) for name in names]
-        biases = [checkpoint.tensor(f"{prefix}{name}.bias", dtype) for name in names] if bias else None
-        return kind(torch.cat(weights), torch.cat(biases) if biases else None)
+    def fused(names: tuple[str, ...], bias: bool) -> list[Linear]:
+        weights = torch.cat([checkpoint.tensor(f"{prefix}{name}.weight", dtype) for name in names])
+        biases = torch.cat([checkpoint.tensor(f"{prefix}{name}.bias", dtype) for name in names]) if bias else None
+        near = kinds.near(weights, biases)
+        return [near, near if kinds.far is kinds.near else kinds.far(weights, biases)]
 
     def norm(name: str) -> torch.Tensor:
         return checkpoint.tensor(f"{prefix}{name}.weight", torch.float32)
 
+    near, far = zip(
+        fused(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.qkv_bias),
+        fused(("self_attn.o_proj",), config.o_bias),
+        fused(("mlp.gate_proj", "mlp.up_proj"), config.mlp_bias),
+        fused(("mlp.down_proj",), config.mlp_bias),
+        strict=True,
+    )
     return _Layer(
         input_norm=norm("input_layernorm"),
-        qkv=fused(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), config.qkv_bias),
+        near=_Linears(*near),
+        far=_Linears(*far),
         q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
         k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
-        out=fused(("self_attn.o_proj",), config.o_bias),
         post_norm=norm("post_attention_layernorm"),
-        gate_up=fused(("mlp.gate_proj", "mlp.up_proj"), config.mlp_bias),
-        down=fused(("mlp.down_proj",), config.mlp_bias),
         window=config.sliding_window if config.sliding_layers[index] else None,
         rotate=not config.no_rope_layers[index],
     )

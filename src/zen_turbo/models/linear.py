@@ -10,14 +10,17 @@ oneDNN's bf16 needs AVX-512. Without it torch multiplies bf16 at an eighth of th
 products and sums.
 
 8-bit integers take half the memory and, from AVX2 on, about half the time; what they cost is measured by
-``bench fidelity --linear-dtype int8``. What costs is the activations: with these in sixteen bits, a head of 8-bit weights is about as near to
-exact arithmetic as one in bf16, whose logits are rounded (``scripts/compare_head.py``), and a token waits for half as many bytes.
+``bench fidelity --linear-dtype int8``. A loud channel in the activations would cost most; it is spread by a rotation (``csrc/linear_int8.inl``). With
+activations in sixteen bits, a head of 8-bit weights is about as near to exact arithmetic as one in bf16, whose logits are rounded
+(``scripts/compare_head.py``), and a token waits for half as many bytes. Prompts up to ``FAR_TOKENS`` and answers are exact with the default preset:
+8-bit layers read what lies beyond (``int8-far``).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,15 +112,27 @@ def head_linear(weight: torch.Tensor) -> Linear:
     return fitting_linear(weight)
 
 
-# Weights on 8-bit integers; activations are quantised row by row.
-int8_linear = functools.partial(KernelLinear, pack=kernels.pack_int8)
+class Kinds(NamedTuple):
+    """What a layer's weights become: for a prompt's tokens from FAR_TOKENS on, and for all others."""
 
-LINEARS: dict[str, Callable[..., Linear]] = {"full": fitting_linear, "int8": int8_linear}
+    near: Callable[..., Linear]
+    far: Callable[..., Linear]
+
+
+# Weights on 8-bit integers; activations are quantised row by row.
+int8_linear = functools.partial(KernelLinear, pack=functools.partial(kernels.pack_int8, rotate=True))
+
+LINEARS = {
+    "full": Kinds(fitting_linear, fitting_linear),
+    "int8": Kinds(int8_linear, int8_linear),
+    "int8-far": Kinds(fitting_linear, int8_linear),
+}
+_OF_PRESET = {"turbo": "int8", "balanced": "int8-far", "faithful": "full"}
 
 
 def linear_arithmetic(config: EngineConfig) -> str:
     """A key of LINEARS: ``linear_dtype``, with auto resolved for this CPU (the scalar kernels are slower with integers)."""
     if config.linear_dtype != "auto":
         return config.linear_dtype
-    for_speed = config.attention == "adaptive" and config.preset == "turbo" and config.dtype == "bfloat16"
-    return "int8" if for_speed and selected_isa() != "scalar" else "full"
+    for_speed = config.attention == "adaptive" and config.dtype == "bfloat16" and selected_isa() != "scalar"
+    return _OF_PRESET[config.preset] if for_speed else "full"

@@ -31,6 +31,7 @@ import torch
 
 from zen_turbo.attention import blocks
 from zen_turbo.attention.blocks import Chunk
+from zen_turbo.config import FAR_TOKENS
 
 if TYPE_CHECKING:
     from zen_turbo.kernels import BlockLists
@@ -43,9 +44,9 @@ _ERROR = 1.7
 _PAGES = 0.7
 _FADE = 0.85  # what a window's samples count for in the next one: the last six or seven windows decide
 _MOST_CHANGE = math.log(4)
-# Positions up to which the near price holds (the last window of 32K tokens begins there), from which the full one does, and from which it grows
-# and fewer rows are scored.
-_NEAR, _FAR, _FARTHER = 24576, 40960, 131072
+# Positions up to which the near price holds (the last window of 32K tokens begins there; the full one holds from FAR_TOKENS on), and from which the
+# price grows and fewer rows are scored.
+_NEAR, _FARTHER = 24576, 131072
 _LEAST_SAMPLE_ROWS = 4
 
 
@@ -53,8 +54,8 @@ _LEAST_SAMPLE_ROWS = 4
 class AdaptiveSettings:
     """``mass``: share of estimated mass that a head keeps in the beginning, and ``least_mass`` at any time (``far_least_mass``, if given, where
     pages have their full price), for the layers of each quarter (or other equal part) of the depth. ``price``: relative squared output error per
-    page at which one more page is no longer worth it, in windows that begin at 40K or later (beyond 128K in proportion to the position);
-    ``near_price``: in those that begin before 32K (geometrically in between; None: one price up to 128K).
+    page at which one more page is no longer worth it, in windows that begin at 40K or later (beyond 128K in proportion to the position to the power
+    ``price_growth``); ``near_price``: in those that begin before 32K (geometrically in between; None: one price up to 128K).
     ``most_mass``: a head never keeps more, unless ``least_mass`` says so.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
     a token, so that a preset that has it reads any length in linear time. ``sample_rows``: rows of a query block that are scored, beyond 128K fewer
@@ -65,6 +66,7 @@ class AdaptiveSettings:
     least_mass: tuple[float, ...]
     price: float
     near_price: float | None = None
+    price_growth: float = 1.0
     far_least_mass: tuple[float, ...] | None = None
     most_pages: tuple[int, ...] | None = None
     most_mass: float = 0.9995
@@ -85,9 +87,9 @@ class Learnt(NamedTuple):
 
 PRESETS = {
     "turbo": AdaptiveSettings(mass=(0.80,), least_mass=(0.50,), price=1e-6, near_price=2e-7, most_pages=(512,), sample_rows=8),
-    "balanced": AdaptiveSettings(mass=(0.95,), least_mass=(0.60,), price=2e-7, near_price=1e-8),
+    "balanced": AdaptiveSettings(mass=(0.95,), least_mass=(0.60,), price=2e-7, near_price=1e-8, price_growth=1.5),
     "faithful": AdaptiveSettings(
-        mass=(0.98,), least_mass=(0.90,), far_least_mass=(0.85,), price=2e-8, near_price=5e-10, end_pages=4096
+        mass=(0.98,), least_mass=(0.90,), far_least_mass=(0.85,), price=2e-8, near_price=5e-10, price_growth=1.25, end_pages=4096
     ),
 }
 
@@ -135,9 +137,9 @@ def begin(num_layers: int, num_heads: int, settings: AdaptiveSettings) -> Learnt
 
 def price_at(position: int, settings: AdaptiveSettings) -> float:
     """Of a page, in the window that begins at ``position``."""
-    if settings.near_price is None or position >= _FAR:
-        return settings.price * max(1.0, position / _FARTHER)
-    way = max(0.0, (position - _NEAR) / (_FAR - _NEAR))
+    if settings.near_price is None or position >= FAR_TOKENS:
+        return settings.price * max(1.0, position / _FARTHER) ** settings.price_growth
+    way = max(0.0, (position - _NEAR) / (FAR_TOKENS - _NEAR))
     return settings.near_price * (settings.price / settings.near_price) ** way
 
 
@@ -156,7 +158,7 @@ def learn(learnt: Learnt, error: torch.Tensor, pages: torch.Tensor, position: in
     all_pages = _FADE * learnt.pages + pages * left_out**_PAGES
     best = (price_at(position, settings) * all_pages / all_error.clamp_min(1e-30)) ** (1 / (_ERROR + _PAGES))
     near = left_out * torch.exp(torch.log(best / left_out).clamp(-_MOST_CHANGE, _MOST_CHANGE))
-    least_mass = settings.least_mass if settings.far_least_mass is None or position < _FAR else settings.far_least_mass
+    least_mass = settings.least_mass if settings.far_least_mass is None or position < FAR_TOKENS else settings.far_least_mass
     near = near.clamp_min(1 - settings.most_mass).minimum(_left_out(least_mass, *left_out.shape))
     return Learnt(torch.where(all_pages > 0, near, learnt.left_out), all_error, all_pages)
 
