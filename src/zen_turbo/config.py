@@ -21,9 +21,9 @@ DTYPES = ("bfloat16", "float32")
 CONTEXT_EXTENSIONS = ("dca", "none")
 _POSITIVE = tuple("decode_pages store_bytes max_model_len kv_cache_bytes max_num_seqs num_threads dca_chunk_size dca_local_size".split())
 PAGE_TOKENS = 64
-# From here on a page has its full price (attention/policies/adaptive.py) and linear layers may be 8-bit (models/linear.py). Beyond any prompt of 32K
-# tokens, and where a window of selection begins.
-FAR_TOKENS = 40960
+# From here on a page has its full price (attention/policies/adaptive.py) and linear layers may be 8-bit (models/linear.py). A window of selection begins
+# here.
+FAR_TOKENS = 32768
 
 
 def _knob(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -76,7 +76,7 @@ class EngineConfig:
     linear_dtype: str = _knob(
         "auto",
         "Arithmetic of the layers' linear layers: full (as dtype), int8 (weights and activations; faster with AVX2 or AVX-512, slow without), "
-        "int8-far (int8 for a prompt's tokens from 40,960 on, full for all others; half as much memory again for weights), or auto: where integers "
+        "int8-far (int8 for a prompt's tokens from 32,768 on, full for all others; half as much memory again for weights), or auto: where integers "
         "are faster, int8 for the preset turbo and int8-far for balanced; else full.",
         choices=LINEAR_DTYPES,
     )

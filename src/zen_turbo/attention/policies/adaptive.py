@@ -13,7 +13,7 @@ So each head's share follows from what its own selection was seen to cost. On sa
 and both are power laws of the share l of mass that is left out: error ~ l^1.7 and pages ~ l^-0.7.
 Each window of the prompt gives samples of their constants; older windows count less and less. A head then leaves out the l at which error / pages
 is ``price``: with equal prices one more page would help every head alike, which is the least total error for so many pages. Up to 32K tokens
-a third of attention takes less time than the linear layers, so a page is priced at ``near_price``; from 40K tokens on it has the full price.
+a third of attention takes less time than the linear layers, so a page is priced at ``near_price``; from there on it has the full price.
 Beyond 128K tokens the price grows with the position and fewer rows are scored, so that neither attention nor selection grows without end.
 
 Samples are few, and a head that is needed rarely but then much looks easy in almost all of them. So a share starts at ``mass``, moves by no more
@@ -44,9 +44,7 @@ _ERROR = 1.7
 _PAGES = 0.7
 _FADE = 0.85  # what a window's samples count for in the next one: the last six or seven windows decide
 _MOST_CHANGE = math.log(4)
-# Positions up to which the near price holds (the last window of 32K tokens begins there; the full one holds from FAR_TOKENS on), and from which the
-# price grows and fewer rows are scored.
-_NEAR, _FARTHER = 24576, 131072
+_FARTHER = 131072  # position from which the price grows and fewer rows are scored
 _LEAST_SAMPLE_ROWS = 4
 
 
@@ -54,8 +52,8 @@ _LEAST_SAMPLE_ROWS = 4
 class AdaptiveSettings:
     """``mass``: share of estimated mass that a head keeps in the beginning, and ``least_mass`` at any time (``far_least_mass``, if given, where
     pages have their full price), for the layers of each quarter (or other equal part) of the depth. ``price``: relative squared output error per
-    page at which one more page is no longer worth it, in windows that begin at 40K or later (beyond 128K in proportion to the position to the power
-    ``price_growth``); ``near_price``: in those that begin before 32K (geometrically in between; None: one price up to 128K).
+    page at which one more page is no longer worth it, in windows from FAR_TOKENS on (beyond 128K in proportion to the position to the power
+    ``price_growth``); ``near_price``: in those before (None: one price up to 128K).
     ``most_mass``: a head never keeps more, unless ``least_mass`` says so.
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
     a token, so that a preset that has it reads any length in linear time. ``sample_rows``: rows of a query block that are scored, beyond 128K fewer
@@ -137,10 +135,9 @@ def begin(num_layers: int, num_heads: int, settings: AdaptiveSettings) -> Learnt
 
 def price_at(position: int, settings: AdaptiveSettings) -> float:
     """Of a page, in the window that begins at ``position``."""
-    if settings.near_price is None or position >= FAR_TOKENS:
-        return settings.price * max(1.0, position / _FARTHER) ** settings.price_growth
-    way = max(0.0, (position - _NEAR) / (FAR_TOKENS - _NEAR))
-    return settings.near_price * (settings.price / settings.near_price) ** way
+    if settings.near_price is not None and position < FAR_TOKENS:
+        return settings.near_price
+    return settings.price * max(1.0, position / _FARTHER) ** settings.price_growth
 
 
 def sample_rows_at(position: int, settings: AdaptiveSettings) -> int:
