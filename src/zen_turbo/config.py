@@ -21,8 +21,8 @@ DTYPES = ("bfloat16", "float32")
 CONTEXT_EXTENSIONS = ("dca", "none")
 _POSITIVE = tuple("decode_pages store_bytes max_model_len kv_cache_bytes max_num_seqs num_threads dca_chunk_size dca_local_size".split())
 PAGE_TOKENS = 64
-# From here on a page has its full price (attention/policies/adaptive.py) and linear layers may be 8-bit (models/linear.py). A window of selection begins
-# here.
+# From here on a page has its full price (attention/policies/adaptive.py) and linear layers may be 8-bit (models/linear.py); a window of selection
+# begins here.
 FAR_TOKENS = 32768
 
 
