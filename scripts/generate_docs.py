@@ -225,7 +225,7 @@ def presets_table(length: int = 32768) -> str:
     header = ("", "first token", "faster", "block pairs read", "same next token as dense", "KL to dense", "records")
     caption = (
         f"\n{length:,} tokens. Times on code, the rest on code, encyclopedic text and a novel: the last 512 positions against dense attention."
-        " `turbo` has 8-bit linear layers, too.\n"
+        " `turbo` has 8-bit linear layers, too; `balanced` has them beyond 32K tokens.\n"
     )
     return table(header, lines) + caption
 
@@ -301,8 +301,8 @@ def results_table() -> str:
         ),
         (
             f"{whole[0]['length']:,} tokens of code with 8-bit KV pages, presets {joined([row['preset'] for row in whole])}: against dense attention,"
-            " minutes, over the linear layers alone, block pairs read (dense attention and the last two presets added up from measured chunks;"
-            " faithful as it was before it read less beyond 40K tokens)",
+            " minutes, over the linear layers alone, block pairs read (dense attention and the last two presets added up from measured"
+            " chunks)",
             "; ".join(
                 f"{row['speedup']:.0f}x, {row['read_s'] / 60:.0f} min, {row['floor_ratio']:.2f}x, {row['density']:.1%}" for row in whole
             ),
