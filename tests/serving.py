@@ -59,9 +59,9 @@ class Slowly:
         self._engine, self._seconds, self._layer = engine, seconds, engine.decoder._layer
 
     def __enter__(self) -> None:
-        def layer(*args: Any) -> Any:
+        def layer(*args: Any, **settings: Any) -> Any:
             time.sleep(self._seconds)
-            return self._layer(*args)
+            return self._layer(*args, **settings)
 
         self._engine.decoder._layer = layer  # type: ignore[method-assign]
 

@@ -343,11 +343,11 @@ def test_abort_between_layers_ends_the_request_and_no_other(engine: Engine) -> N
     layers: list[int] = []
     layer = engine.decoder._layer
 
-    def interrupting(*args: Any) -> torch.Tensor:
+    def interrupting(*args: Any, **settings: Any) -> torch.Tensor:
         layers.append(1)
         if len(layers) == 3:  # first layer of the second chunk
             assert engine.abort(request_id)
-        return layer(*args)
+        return layer(*args, **settings)
 
     engine.decoder._layer = interrupting  # type: ignore[method-assign]
     while engine.step():
