@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from zen_turbo import LLM
+from zen_turbo import LLM, kernels
 from zen_turbo.bench.corpora import NAMES, path_of
 from zen_turbo.bench.fidelity import compare, last_logits
 from zen_turbo.bench.report import Experiment
 from zen_turbo.bench.text import read_tokens
 from zen_turbo.models.catalogue import resolve_model
-from zen_turbo.models.linear import Linear, fitting_linear, head_linear, int8_linear
+from zen_turbo.models.linear import KernelLinear, Linear, fitting_linear, head_linear, int8_linear
 from zen_turbo.models.loader import load_checkpoint
 
 LENGTH = 4096
@@ -37,7 +37,8 @@ class Heads:
         self._kinds: dict[str, Linear] = {
             "bf16": fitting_linear(weight),
             "8-bit weights, 16-bit activations": head_linear(weight),
-            "8-bit weights, 8-bit activations": int8_linear(weight),
+            "8-bit weights, 8-bit activations": KernelLinear(weight, pack=kernels.pack_int8),
+            "the same, inputs rotated": int8_linear(weight),
         }
         self._seen: dict[str, list[torch.Tensor]] = {}
 
