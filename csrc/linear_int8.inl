@@ -14,8 +14,8 @@
 // both.
 //
 // `rotate` multiplies every whole block of 64 inputs by the Hadamard matrix over 8, which is its own inverse, before it is quantised; so are the
-// inputs of the weights, and the product is the same. A channel ten times as loud as its neighbours would take three of their eight bits; spread over a
-// block it takes hardly any (QuaRot, arXiv 2404.00456).
+// inputs of the weights, and the product is the same. A channel ten times as loud as its neighbours would take three of their eight bits; spread over
+// a block it takes hardly any (QuaRot, arXiv 2404.00456).
 #include "kernels.h"
 
 namespace {
@@ -60,27 +60,30 @@ static __attribute__((noinline)) void int8_strip(const int8_t* x, int64_t x_stri
   }
 }
 
-static inline vec butterfly_lanes(vec v, const float* signs, vec swapped) { return fma(v, load(signs), swapped); }
+struct ButterflySigns {
+  float of[16];
+  constexpr ButterflySigns(int distance) : of{} {
+    for (int lane = 0; lane < 16; lane++) of[lane] = lane & distance ? -1.0f : 1.0f;
+  }
+};
+
+// Of two lanes that are DISTANCE apart the first gets the sum, the second the difference.
+template <int DISTANCE>
+static inline vec butterfly(vec v) {
+  alignas(64) static constexpr ButterflySigns signs(DISTANCE);
+  return fma(v, load(signs.of), swap_lanes<DISTANCE>(v));
+}
 
 // Whole blocks of x times the Hadamard matrix over 8; the rest as it is.
 template <class S>
 static void rotate_row(const typename S::T* x, int64_t inputs, float* out) {
-  alignas(64) float signs[4][16];
-  for (int stage = 0; stage < 4; stage++)
-    for (int lane = 0; lane < 16; lane++) signs[stage][lane] = lane >> stage & 1 ? -1 : 1;
   int64_t k = 0;
   for (; k + ROTATED <= inputs; k += ROTATED) {
     const vec a = S::get(x + k), b = S::get(x + k + 16), c = S::get(x + k + 32), d = S::get(x + k + 48);
     const vec sums[2] = {add(a, c), add(b, d)}, differences[2] = {sub(a, c), sub(b, d)};
-    vec parts[4] = {add(sums[0], sums[1]), sub(sums[0], sums[1]), add(differences[0], differences[1]), sub(differences[0], differences[1])};
-    for (int part = 0; part < 4; part++) {
-      vec v = mul(parts[part], set1(0.125f));
-      v = butterfly_lanes(v, signs[0], swap_lanes<1>(v));
-      v = butterfly_lanes(v, signs[1], swap_lanes<2>(v));
-      v = butterfly_lanes(v, signs[2], swap_lanes<4>(v));
-      v = butterfly_lanes(v, signs[3], swap_lanes<8>(v));
-      store(out + k + 16 * part, v);
-    }
+    const vec parts[4] = {add(sums[0], sums[1]), sub(sums[0], sums[1]), add(differences[0], differences[1]), sub(differences[0], differences[1])};
+    for (int part = 0; part < 4; part++)
+      store(out + k + 16 * part, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(mul(parts[part], set1(0.125f)))))));
   }
   for (; k < inputs; k++) out[k] = S::get1(x + k);
 }

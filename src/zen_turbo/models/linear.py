@@ -12,8 +12,8 @@ products and sums.
 8-bit integers take half the memory and, from AVX2 on, about half the time; what they cost is measured by
 ``bench fidelity --linear-dtype int8``. A loud channel in the activations would cost most; it is spread by a rotation (``csrc/linear_int8.inl``). With
 activations in sixteen bits, a head of 8-bit weights is about as near to exact arithmetic as one in bf16, whose logits are rounded
-(``scripts/compare_head.py``), and a token waits for half as many bytes. Prompts up to ``FAR_TOKENS`` and answers are exact with the default preset:
-8-bit layers read what lies beyond (``int8-far``).
+(``scripts/compare_head.py``), and a token waits for half as many bytes. With the default preset 8-bit layers read
+what lies beyond ``FAR_TOKENS`` of a prompt; shorter prompts, and the tokens of answers, go through the weights as they are (``int8-far``).
 """
 
 from __future__ import annotations
