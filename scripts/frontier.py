@@ -1,11 +1,11 @@
 """Draws docs/images/frontier.svg: density against what it costs, for every policy on the same kernels.
 
-    .venv/bin/python scripts/measure.py --run 'frontier/*' 'fidelity_*k_*'
+    .venv/bin/python scripts/measure.py --run 'frontier/*' 'fidelity_*k_*' 'retrieval_*k_*'
     .venv/bin/python scripts/frontier.py
 
-The records are those of ``bench fidelity``: results/fidelity_* for the presets, results/frontier/ for everything else, at the lengths where there is
-something else. A point is the mean over the texts that every policy was measured on. Linear layers are in bf16 everywhere, so ``turbo`` is drawn
-without its 8-bit ones.
+The records are those of ``bench fidelity`` and ``eval retrieval``: results/fidelity_* and results/retrieval_* for the presets, results/frontier/ for
+everything else. A length is drawn where every policy was measured on the same text; a point is the mean over the texts that all of them have. Linear
+layers are in bf16, so ``turbo`` is drawn without its 8-bit ones, but for what ``balanced`` reads beyond 32K tokens, and for ``turbo`` in retrieval.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from zen_turbo.bench.corpora import NAMES
+from zen_turbo.config import PRESETS
 from zen_turbo.evals.heatmap import length_text, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,20 +33,27 @@ KINDS = {
     **{name: [f"frontier/{name}_*.json"] for name in ("minference", "flexprefill", "xattention", "tri_shape")},
 }
 MEASURES = {"kl": "mean KL to dense, nats per token", "recall_mean": "share of exact attention mass kept"}
+RETRIEVAL = {
+    "adaptive": [f"retrieval_*k_{preset}.json" for preset in PRESETS],
+    "one share for all heads": ["frontier/retrieval_uniform_*.json"],
+    **{name: [f"frontier/retrieval_{name}_*.json"] for name in ("minference", "flexprefill", "xattention", "tri_shape")},
+}
 
 
 def means(kinds: dict[str, dict[str, dict[str, Row]]]) -> dict[str, list[Row]]:
-    """By kind, what each of its settings has on average over the texts that all settings of all kinds have. kinds: kind -> setting -> text -> row."""
+    """By kind, what each of its settings has on average over the texts that all settings of all kinds have; nothing where they have none in
+    common. kinds: kind -> setting -> text -> row."""
     texts = set.intersection(*(set(rows) for settings in kinds.values() for rows in settings.values()))
+    if not texts:
+        return {}
     return {
         kind: [{key: fmean(rows[text][key] for text in texts) for key in ("density", *MEASURES)} for rows in settings.values()]
         for kind, settings in kinds.items()
     }
 
 
-def main() -> None:
-    """A row of panels per measure, a column per length."""
-    matplotlib.rcParams["svg.hashsalt"] = "zen-turbo"
+def fidelity() -> dict[int, dict[str, list[Row]]]:
+    """By length and kind, the points of ``bench fidelity``."""
     found: dict[int, dict[str, dict[str, dict[str, Row]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for kind, patterns in KINDS.items():
         for path in (path for pattern in patterns for path in sorted(RESULTS.glob(pattern))):
@@ -53,20 +62,65 @@ def main() -> None:
             for row in read_json(path)["rows"]:
                 found[row["length"]][kind]["_".join(part for part in parts if part != text)][text] = row
     points = {length: means(kinds) for length, kinds in sorted(found.items()) if len(kinds) == len(KINDS)}
+    return {length: kinds for length, kinds in points.items() if kinds}
+
+
+def points_of(record: Row) -> dict[int, list[float]]:
+    """Of a record of ``eval retrieval``, by length: the points of every question, of 100."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for row in record["rows"]:
+        found[row["length"]] += [100 * score for score in row["scores"]]
+    return found
+
+
+def retrieval() -> dict[int, dict[str, list[Row]]]:
+    """By length and kind: density, and the mean difference to dense attention on the same questions."""
+    dense = {length: points for path in RESULTS.glob("retrieval_*k_dense.json") for length, points in points_of(read_json(path)).items()}
+    found: dict[int, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for kind, patterns in RETRIEVAL.items():
+        for path in (path for pattern in patterns for path in sorted(RESULTS.glob(pattern))):
+            record = read_json(path)
+            density = {row["length"]: row["density"] for row in record["rows"]}
+            for length, points in points_of(record).items():
+                if length in dense:
+                    lost = fmean(mine - other for mine, other in zip(points, dense[length], strict=True))
+                    found[length][kind].append({"density": density[length], "points": lost})
+    return found
+
+
+def draw(axes: Axes, kinds: dict[str, list[Row]], key: str, *, length: int, label: str) -> None:
+    """One panel; a kind has its colour in all of them."""
+    for number, kind in enumerate(KINDS):
+        if kind in kinds:
+            values = sorted((each["density"], each[key]) for each in kinds[kind])
+            axes.plot(*zip(*values, strict=True), marker="o", color=f"C{number}", label=kind)
+    axes.set_title(f"{length_text(length)} tokens", loc="left", fontsize=10)
+    axes.set_xlabel("density: block pairs read")
+    axes.set_ylabel(label)
+    axes.grid(color="#e4e6ea")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def main() -> None:
+    """A row of panels per measure, a column per length."""
+    matplotlib.rcParams["svg.hashsalt"] = "zen-turbo"
+    points = fidelity()
+    asked = {length: kinds for length, kinds in retrieval().items() if length in points and len(kinds) == len(RETRIEVAL)}
     if not points:
         raise SystemExit(f"There are no records in {RESULTS}.")
-    figure = Figure(figsize=(5.5 * len(points), 4.2 * len(MEASURES)), layout="constrained")
-    panels = figure.subplots(len(MEASURES), len(points), squeeze=False)
-    for row, (key, label) in zip(panels, MEASURES.items(), strict=True):
+    num_rows = len(MEASURES) + bool(asked)
+    figure = Figure(figsize=(5.5 * len(points), 4.2 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, len(points), squeeze=False)
+    for row, (key, label) in zip(panels[: len(MEASURES)], MEASURES.items(), strict=True):
         for axes, (length, kinds) in zip(row, points.items(), strict=True):
-            for kind, values in kinds.items():
-                axes.plot(*zip(*sorted((each["density"], each[key]) for each in values), strict=True), marker="o", label=kind)
+            draw(axes, kinds, key, length=length, label=label)
             axes.set_yscale("log" if key == "kl" else "linear")
-            axes.set_title(f"{length_text(length)} tokens", loc="left", fontsize=10)
-            axes.set_xlabel("density: block pairs read")
-            axes.set_ylabel(label)
-            axes.grid(color="#e4e6ea")
-            axes.legend(frameon=False, fontsize=8)
+    for axes, length in zip(panels[-1] if asked else (), points, strict=bool(asked)):
+        if length not in asked:
+            axes.set_axis_off()
+            continue
+        draw(axes, asked[length], "points", length=length, label="retrieval: points of 100 against dense")
+        axes.axhline(0, color="#888888", linewidth=0.8)
     figure.savefig(ROOT / "docs" / "images" / "frontier.svg", metadata={"Date": None})
 
 

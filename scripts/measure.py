@@ -73,13 +73,16 @@ def measurements() -> dict[str, Measurement]:
         options = ["--lengths", "131072", "--questions", "34", "--tasks", "multikey,kv", "--store", "logs/store_retrieval"]
         decoding = ["--attention", "adaptive:turbo", "--decode-attention", name]
         add(f"retrieval_decode_128k_{name}", 8 if name == "sparse" else 4, "eval", "retrieval", *decoding, *options)
-    rivals = {f"uniform_{mass}": ["--attention", "adaptive", "--fidelity", f"0.{mass}"] for mass in (80, 90, 95, 98)}
+    # With a preset's own linear layers these would be in bf16 up to 32K tokens only.
+    rivals = {f"uniform_{mass}": ["--attention", "adaptive", "--fidelity", f"0.{mass}", "--linear-dtype", "full"] for mass in (80, 90, 95, 98)}
     rivals |= {name: ["--attention", name] for name in ("minference", "flexprefill", "xattention", "tri_shape")}
     for label, length, minutes in (("32k", 32768, 2), ("128k", 131072, 12)):
         for text in NAMES:
             for name, policy in rivals.items():
                 options = ["--lengths", str(length), "--texts", text, "--keep-dense", "logs/dense"]
                 add(f"frontier/{name}_{label}_{text}", minutes, "bench", "fidelity", *policy, *options)
+    for name, policy in rivals.items():
+        add(f"frontier/retrieval_{name}_32k", 14, "eval", "retrieval", *policy, "--lengths", "32768", "--questions", "200")
     for preset, minutes in (("turbo", 9), ("balanced", 11), ("faithful", 16)):
         add(f"marginal_128k_{preset}", minutes, "bench", "marginal", *preset_of(preset), "--positions", "8192,32768,65536,131072")
         add(f"prefill_{preset}", 3, "bench", "prefill", *preset_of(preset), "--lengths", "4096,8192,16384,32768")
