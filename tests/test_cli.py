@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import httpx
 import openai
 import pytest
-from test_documents import docx_of, epub_of, pdf_of, zip_of
+from made_documents import docx_of, epub_of, pdf_of, zip_of
 
 from zen_turbo.cli import main
 from zen_turbo.cli.serve import listen

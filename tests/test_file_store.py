@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_documents import HOSTILE_PDFS
+from made_documents import HOSTILE_PDFS
 from test_server import wait_until
 
 from zen_turbo.errors import ConfigurationError, DocumentError, ReadersBusyError, ZenTurboError

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from test_documents import HOSTILE_PDFS, docx_of, epub_of, pdf_of, zip_of
+from made_documents import HOSTILE_PDFS, docx_of, epub_of, pdf_of, zip_of
 from test_server import HELLO, NAME, serving, wait_until
 
 from zen_turbo import LLM
