@@ -17,6 +17,7 @@ from zen_turbo.attention import blocks, fidelity
 from zen_turbo.attention.attend import ChunkPlan
 from zen_turbo.attention.fidelity import Fidelity, Observation
 from zen_turbo.attention.policies import adaptive
+from zen_turbo.bench.fidelity import sparse_pass
 from zen_turbo.config import PRESETS
 from zen_turbo.engine.engine import DENSE_TAIL_TOKENS
 from zen_turbo.engine.request import Event, PrefillProgress, RequestOutput, SamplingParams
@@ -110,6 +111,18 @@ def test_the_end_of_a_prompt_reads_as_many_pages_as_it_may(tiny_folder: Path, mo
     # Six, or half of the 21 pages before the end, or half of 22, whichever is more; sinks, local pages and the diagonal come on top.
     bounded = {most: 300 - sum(count - pages - 3 for count in (22, 23, 24)) for most, pages in ((6, 6), (12, 10), (22, 11))}
     assert kept == bounded | {48: 300}
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_an_end_is_measured_as_a_request_has_it(tiny_folder: Path, small_windows: None, kv_dtype: str) -> None:
+    llm, prompt = make(tiny_folder, kv_dtype=kv_dtype), tiny.tokens(LENGTH)
+    measured = sparse_pass(llm.engine, prompt, llm.engine.new_fidelity(dense_from=LENGTH), num_rows=300)
+    assert measured.logits.shape == measured.end_logits.shape
+    for end in (LENGTH, LENGTH - 300 + 2 * DENSE_TAIL_TOKENS, LENGTH - 300 + DENSE_TAIL_TOKENS):
+        _, (first, *_) = spied(make(tiny_folder, kv_dtype=kv_dtype), prompt[:end])
+        row = end - LENGTH - 1
+        assert torch.equal(measured.end_logits[row], first.view(-1))
+        assert not torch.equal(measured.logits[row], first.view(-1)), "without an end it reads less"
 
 
 @pytest.mark.parametrize("chunk", [64, 256, 512])

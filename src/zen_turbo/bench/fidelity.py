@@ -1,12 +1,13 @@
 """``zen-turbo bench fidelity``: what a sparse policy, int8 pages and int8 linear layers change, against dense attention with nothing quantised.
 
 A real text is cut to N tokens and read twice, that way and with the engine's settings, and the next-token distributions of its last
-``NUM_ROWS`` positions are compared. These rows are sparse too (in an answer the prompt's end reads more), so the figures show the settings
-and nothing else:
+``NUM_ROWS`` positions are compared. These rows are sparse too, so the figures show the settings and nothing else. A prompt's end reads more, and
+from there an answer begins; so the same positions are read once more, each as the end of a prompt that ends with it or soon after:
 
     top1_agreement     share of positions at which both would say the same token
     kl                 mean Kullback-Leibler divergence from dense to sparse, in nats per token
     output_rel_error   relative L2 difference of the logits, after taking each row's mean away
+    end_top1_agreement, end_kl   the first two, of positions that are read as a prompt's end
     recall_mean, _p5   attention mass kept, measured exactly on sampled rows; density: block pairs read
 
 The dense pass takes long and depends on neither policy nor preset: ``--keep-dense FOLDER`` keeps its logits (0.3 GB per prompt) for the next
@@ -30,8 +31,8 @@ from zen_turbo.bench.prefill import engine_facts, preset_of
 from zen_turbo.bench.reading import grid, read_chunk
 from zen_turbo.bench.report import Experiment, Row
 from zen_turbo.bench.text import fingerprint, read_tokens
-from zen_turbo.config import EngineConfig
-from zen_turbo.engine.engine import Engine
+from zen_turbo.config import PAGE_TOKENS, EngineConfig
+from zen_turbo.engine.engine import DENSE_TAIL_TOKENS, Engine
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.kv.sequence import SequenceCache
 from zen_turbo.llm import LLM
@@ -53,6 +54,8 @@ COLUMNS = (
     "output_rel_error",
     "top1_agreement",
     "kl",
+    "end_top1_agreement",
+    "end_kl",
     "prefill_s",
     "dense_prefill_s",
 )
@@ -82,18 +85,57 @@ def last_logits(
     engine: Engine, tokens: Sequence[int], *, num_rows: int = NUM_ROWS, fidelity: Fidelity | None = None
 ) -> torch.Tensor:
     """Logits of the last ``num_rows`` positions, float32 [num_rows, V], read on the engine's grid of chunks."""
-    cache, length = SequenceCache(engine.pool), len(tokens)
-    parts = []
+    cache = SequenceCache(engine.pool)
     try:
-        cache.reserve(length)
-        for start, end in grid(engine, 0, length):
-            logits = read_chunk(engine, cache, tokens, start, end, fidelity=fidelity, logits_from=length - num_rows)
-            cache.commit(end)
-            if logits is not None:
-                parts.append(logits)
+        return _read_on(engine, cache, tokens, fidelity, logits_from=len(tokens) - num_rows)
     finally:
         cache.release()
+
+
+def _read_on(engine: Engine, cache: SequenceCache, tokens: Sequence[int], fidelity: Fidelity | None, *, logits_from: int) -> torch.Tensor:
+    """What ``cache`` does not have of ``tokens``; logits of positions from ``logits_from`` on."""
+    parts = []
+    cache.reserve(len(tokens))
+    for start, end in grid(engine, cache.num_tokens, len(tokens)):
+        logits = read_chunk(engine, cache, tokens, start, end, fidelity=fidelity, logits_from=logits_from)
+        cache.commit(end)
+        if logits is not None:
+            parts.append(logits)
     return torch.cat(parts)
+
+
+class SparsePass(NamedTuple):
+    """Logits of the last positions, float32 [rows, V]: of rows like all others, and of the same ones as ends of prompts; and the seconds that the
+    former took."""
+
+    logits: torch.Tensor
+    end_logits: torch.Tensor
+    seconds: float
+
+
+def sparse_pass(engine: Engine, tokens: Sequence[int], fidelity: Fidelity, *, num_rows: int = NUM_ROWS) -> SparsePass:
+    """fidelity: of this prompt, without an end. A prompt's end is ``DENSE_TAIL_TOKENS`` long, so the positions are dealt out to as many
+    prompts as that takes, which share the pages before their ends."""
+    cache, length = SequenceCache(engine.pool), len(tokens)
+    ends = []
+    try:
+        began = time.perf_counter()
+        logits = _read_on(engine, cache, tokens, fidelity, logits_from=length - num_rows)
+        seconds = time.perf_counter() - began
+        for first in range(length - num_rows, length, DENSE_TAIL_TOKENS):
+            last = min(first + DENSE_TAIL_TOKENS, length)
+            own = SequenceCache(engine.pool)
+            try:
+                shared = engine.new_fidelity(dense_from=last - DENSE_TAIL_TOKENS)
+                known = shared.dense_from // PAGE_TOKENS
+                shared.resume([fidelity.note(page) for page in range(known)])
+                own.adopt(cache.slots[:known])
+                ends.append(_read_on(engine, own, tokens[:last], shared, logits_from=first))
+            finally:
+                own.release()
+    finally:
+        cache.release()
+    return SparsePass(logits, torch.cat(ends), seconds)
 
 
 class DensePass(NamedTuple):
@@ -154,9 +196,13 @@ def run(
             dense = dense_pass(engine, model, tokens, keep_dense)
             experiment.log(f"{length} tokens of {name}: dense, {dense.seconds:.1f} s")
             state = engine.new_fidelity(dense_from=length) if engine.config.attention != "dense" else None
-            began = time.perf_counter()
-            sparse = last_logits(engine, tokens, fidelity=state)
-            seconds = time.perf_counter() - began
+            if state is None:
+                began = time.perf_counter()
+                sparse, end = last_logits(engine, tokens), None
+                seconds = time.perf_counter() - began
+            else:
+                sparse, ends, seconds = sparse_pass(engine, tokens, state)
+                end = compare(dense.logits, ends)
             row: Row = {
                 "length": length,
                 "text": name,
@@ -168,11 +214,13 @@ def run(
                 "recall_mean": state.recall if state else None,
                 "recall_p5": state.recall_p5 if state else None,
                 **compare(dense.logits, sparse)._asdict(),
+                "end_top1_agreement": end.top1_agreement if end else None,
+                "end_kl": end.kl if end else None,
                 "prefill_s": seconds,
                 "dense_prefill_s": dense.seconds,
                 "prompt_sha256": fingerprint(tokens),
             }
-            shown = ", ".join(f"{key} {row[key]:.4g}" for key in ("density", "recall_mean", "top1_agreement", "kl") if row[key] is not None)
+            shown = ", ".join(f"{key} {row[key]:.4g}" for key in ("density", "recall_mean", "top1_agreement", "kl", "end_kl") if row[key] is not None)
             experiment.log(f"{length} tokens of {name}: {shown}")
             rows.append(row)
     return experiment.finish(rows, columns=COLUMNS, note=f"Last {NUM_ROWS} positions against dense attention on the same prompt.")
