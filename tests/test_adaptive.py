@@ -98,19 +98,22 @@ def test_all_of_the_mass_is_dense_to_the_bit(tiny_folder: Path, monkeypatch: pyt
     assert sparse[0].metrics.recall == pytest.approx(1, abs=2e-3)
 
 
-def test_the_end_of_a_prompt_reads_as_many_pages_as_it_may(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("share", "most"), [(1.0, {2: 8, 5: 20}), (0.0, {2: 2, 1: 1})], ids=["all of the mass", "by bounds alone"])
+def test_the_end_of_a_prompt_reads_as_many_pages_as_it_may(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, share: float, most: dict[int, int]
+) -> None:
     """Everything else is kept whole, so that what is left out is the end's: three query blocks of 24 pages."""
     monkeypatch.setattr(Fidelity, "mass", lambda self, layer: torch.ones(self._num_heads))
+    monkeypatch.setattr(adaptive, "end_mass", lambda mass, settings: torch.full_like(mass, share))
     kept = {}
-    for end_pages in (6, 12, 22, 48):
+    for end_pages in (*most, 21, 22):
         settings = {"most_pages": None, "local_pages": 1, "end_pages": end_pages}
         monkeypatch.setitem(adaptive.PRESETS, "turbo", dataclasses.replace(adaptive.PRESETS["turbo"], **settings))
         metrics = make(tiny_folder).generate(tiny.tokens(LENGTH), GREEDY).metrics
         kept[end_pages] = round(metrics.density * 24 * 25 / 2)
-        assert (metrics.recall_p5 or 0) < 1 if end_pages < 40 else metrics.recall == pytest.approx(1, abs=2e-3)
-    # Six, or half of the 21 pages before the end, or half of 22, whichever is more; sinks, local pages and the diagonal come on top.
-    bounded = {most: 300 - sum(count - pages - 3 for count in (22, 23, 24)) for most, pages in ((6, 6), (12, 10), (22, 11))}
-    assert kept == bounded | {48: 300}
+    # Sinks, local pages and the diagonal come on top. The end begins in page 21, an eighth of which is two.
+    bounded = {end_pages: 300 - sum(max(0, count - pages - 3) for count in (22, 23, 24)) for end_pages, pages in most.items()}
+    assert kept == bounded | {21: 300 if share else 300 - sum(count - 2 - 3 for count in (22, 23, 24)), 22: 300}
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
@@ -260,6 +263,19 @@ def test_heads_come_to_rest_at_the_price(error_exponent: float, pages_exponent: 
         error, pages = scale * learnt.left_out**error_exponent, 8 * learnt.left_out**-pages_exponent
         learnt = adaptive.learn(learnt, error, pages, 8192, settings)
     assert (error / pages)[0].tolist() == pytest.approx([1e-3] * 3, rel=1e-3)
+
+
+def test_the_end_leaves_out_a_ninth_but_never_more_than_other_rows_do() -> None:
+    mass = torch.tensor([0.1, 0.55, 0.91, 0.998, 0.9995])
+    assert torch.allclose(adaptive.end_mass(mass, SETTINGS), torch.tensor([0.9, 0.95, 0.99, 0.999, 0.9995]))
+    price, worth = SETTINGS.price, 9**2.4
+    left_out = torch.full((1, 1), 0.2)
+    learnt = adaptive.Learnt(left_out, torch.full((1, 1), price * 30 / 0.2**2.4), torch.full((1, 1), 30.0))
+    cheaper = dataclasses.replace(SETTINGS, price=price / worth, least_mass=(0.0,))
+    for _ in range(3):  # a share moves by no more than fourfold
+        learnt = adaptive.learn(learnt, torch.zeros(1, 1), torch.zeros(1, 1), 8192, cheaper)
+    assert torch.allclose(1 - learnt.left_out, adaptive.end_mass(1 - left_out, SETTINGS)), "what a page at a two-hundredth of the price buys"
+    assert 150 < worth < 250
 
 
 def test_pages_are_worth_more_where_there_are_few_pairs() -> None:

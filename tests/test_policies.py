@@ -54,7 +54,7 @@ def make(*, span: int | None = SPAN, dtype: torch.dtype = torch.bfloat16, edit: 
 def everything(name: str) -> Select:
     """The policy with settings that keep all."""
     policies: dict[str, Select] = {
-        "adaptive": lambda chunk, layer: adaptive.select(chunk, layer, 1, torch.ones(HEADS), adaptive.PRESETS["balanced"], window=0, end_pages=2048),
+        "adaptive": lambda chunk, layer: adaptive.select(chunk, layer, 1, torch.ones(HEADS), adaptive.PRESETS["balanced"], window=0),
         "minference": lambda chunk, layer: minference.select(chunk, layer, minference.MinferenceSettings(verticals=10**6, slashes=10**6)),
         "flexprefill": lambda chunk, layer: flexprefill.select(chunk, flexprefill.FlexPrefillSettings(gamma=1.0)),
         "xattention": lambda chunk, layer: xattention.select(chunk, xattention.XAttentionSettings(threshold=1.0)),
@@ -67,7 +67,7 @@ def usual(name: str) -> Select:
     policy = policy_of(name, preset="turbo", mass=None, sparse_attention=None)
     if isinstance(policy, adaptive.AdaptiveSettings):
         settings = policy
-        return lambda chunk, layer: adaptive.select(chunk, layer, 1, torch.full((HEADS,), settings.mass[0]), settings, window=0, end_pages=2048)
+        return lambda chunk, layer: adaptive.select(chunk, layer, 1, torch.full((HEADS,), settings.mass[0]), settings, window=0)
     return policy
 
 

@@ -8,7 +8,7 @@ span L, no page and no block straddles two spans.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,19 +228,19 @@ def choose_by_mass(chunk: Chunk, mass: torch.Tensor, **settings: Any) -> PageBit
     )
 
 
-def select_by_mass(chunk: Chunk, mass: torch.Tensor, *, end_pages: int | None = None, **settings: Any) -> BlockLists:
-    """The lists of what ``choose_by_mass`` gives. The prompt's end reads everything, or with ``end_pages`` so many pages of largest estimated
-    mass, chosen by all of its rows, half of them by the bounds of keys: a question asks for single tokens."""
-    end = chunk.first_end_block
-    if end_pages is None or end == chunk.num_blocks or chunk.num_pages <= end_pages:
-        return lists_of(choose_by_mass(chunk, mass, **settings), chunk)
-    more = {"most_pages": end_pages, "bound_pages": end_pages // 2, "sample_rows": PAGE_TOKENS}
-    last = choose_by_mass(chunk.after(end), torch.ones_like(mass), **{**settings, **more})
-    if end == 0:
+def select_by_mass(chunk: Chunk, mass: torch.Tensor, *, end: Mapping[str, Any] | None = None, **settings: Any) -> BlockLists:
+    """The lists of what ``choose_by_mass`` gives. Query blocks of the prompt's end read everything, or what it gives with the mass and settings
+    that ``end`` has in place of these."""
+    first = chunk.first_end_block
+    chosen = {"mass": mass, **settings}
+    if end is None or first == chunk.num_blocks:
+        return lists_of(choose_by_mass(chunk, **chosen), chunk)
+    last = choose_by_mass(chunk.after(first), **{**chosen, **end})
+    if first == 0:
         return lists_of(last, chunk.after(0))
-    chosen = choose_by_mass(chunk, mass, **settings)
-    chosen.bits[:, end:], chosen.counts[:, end:] = last.bits, last.counts
-    return lists_of(chosen, dataclasses.replace(chunk, sparse_blocks=range(chunk.sparse_blocks.start, chunk.num_blocks)))
+    bits = choose_by_mass(chunk, **chosen)
+    bits.bits[:, first:], bits.counts[:, first:] = last.bits, last.counts
+    return lists_of(bits, dataclasses.replace(chunk, sparse_blocks=range(chunk.sparse_blocks.start, chunk.num_blocks)))
 
 
 def pages_read(lists: BlockLists, *, block: int, num_blocks: int, num_heads: int) -> torch.Tensor:

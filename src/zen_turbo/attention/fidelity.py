@@ -102,10 +102,11 @@ class Fidelity:
         self.dense_from = dense_from // PAGE_TOKENS * PAGE_TOKENS
         self._num_layers, self._num_heads = num_layers, num_heads
         self._learnt: Learnt | None = None
+        self._end: dict[str, int] | None = None
         if isinstance(policy, AdaptiveSettings):
             self._learnt = adaptive.begin(num_layers, num_heads, policy)
             # By where the end begins and not by the chunk: chunks of any size must choose alike.
-            self._end_pages = adaptive.end_of(self.dense_from // PAGE_TOKENS, policy)
+            self._end = adaptive.end_of(self.dense_from // PAGE_TOKENS, policy)
         self._observed: list[Observation] = []  # in this window, ascending for each layer
         self._known_at: dict[int, Learnt] = {}  # by the first page of a window
         self._page_observations: dict[int, list[Observation]] = {}
@@ -115,8 +116,7 @@ class Fidelity:
 
     def bounds_end(self, first_position: int, num_rows: int) -> bool:
         """Whether these rows reach into the prompt's end, and it does not read everything."""
-        end = first_position + num_rows
-        return isinstance(self._policy, AdaptiveSettings) and end > max(self.dense_from, self.dense_below, self._end_pages * PAGE_TOKENS)
+        return self._end is not None and first_position + num_rows > max(self.dense_from, self.dense_below)
 
     def mass(self, layer: int) -> torch.Tensor:
         """Share of estimated mass that the adaptive policy keeps in this chunk, float32 [heads]."""
@@ -133,9 +133,8 @@ class Fidelity:
         """The policy's lists for one layer of a chunk."""
         if isinstance(self._policy, AdaptiveSettings):
             window = chunk.first_position // WINDOW_TOKENS * WINDOW_TOKENS
-            return adaptive.select(
-                chunk, layer, self._num_layers, self.mass(layer), self._policy, window=window, end_pages=self._end_pages
-            )
+            end = self._end if self.bounds_end(chunk.first_position, chunk.num_rows) else None
+            return adaptive.select(chunk, layer, self._num_layers, self.mass(layer), self._policy, window=window, end=end)
         return self._policy(chunk, layer)
 
     def begin_chunk(self, first_position: int) -> None:

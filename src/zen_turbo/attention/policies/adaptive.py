@@ -15,6 +15,8 @@ Each window of the prompt gives samples of their constants; older windows count 
 is ``price``: with equal prices one more page would help every head alike, which is the least total error for so many pages. Up to 32K tokens
 a third of attention takes less time than the linear layers, so a page is priced at ``near_price``; from there on it has the full price.
 Beyond 128K tokens the price grows with the position and fewer rows are scored, so that neither attention nor selection grows without end.
+The prompt's end, where the question is and an answer begins, leaves out a ninth of what other rows do, which makes a page worth a two-hundredth of
+the price; and because a question asks for single tokens, which a mean hides, it reads some pages by the bounds of their keys first.
 
 Samples are few, and a head that is needed rarely but then much looks easy in almost all of them. So a share starts at ``mass``, moves by no more
 than a factor of four from one window to the next, and never falls below ``least_mass``, whatever was seen.
@@ -31,7 +33,7 @@ import torch
 
 from zen_turbo.attention import blocks
 from zen_turbo.attention.blocks import Chunk
-from zen_turbo.config import FAR_TOKENS
+from zen_turbo.config import FAR_TOKENS, PAGE_TOKENS
 
 if TYPE_CHECKING:
     from zen_turbo.kernels import BlockLists
@@ -44,6 +46,7 @@ _ERROR = 1.7
 _PAGES = 0.7
 _FADE = 0.85  # what a window's samples count for in the next one: the last six or seven windows decide
 _MOST_CHANGE = math.log(4)
+_END = 9  # the prompt's end leaves out so much less
 _FARTHER = 131072  # position from which the price grows and fewer rows are scored
 _LEAST_SAMPLE_ROWS = 4
 
@@ -58,7 +61,7 @@ class AdaptiveSettings:
     ``most_pages``: the most it keeps beside sinks and local pages, whatever its share, in the same parts of the depth; this bounds the work of
     a token, so that a preset that has it reads any length in linear time. ``sample_rows``: rows of a query block that are scored, beyond 128K fewer
     (``sample_rows_at``); what only the others look for is missed.
-    ``end_pages``: the most pages that the prompt's last rows read, where the question is, in every head (``end_of``)."""
+    ``end_pages``: in prompts of so many pages the end reads everything; in longer ones see ``end_of``."""
 
     mass: tuple[float, ...]
     least_mass: tuple[float, ...]
@@ -71,7 +74,7 @@ class AdaptiveSettings:
     sink_pages: int = 1
     local_pages: int = 4
     sample_rows: int = 32
-    end_pages: int = 2048
+    end_pages: int = 1024
 
 
 class Learnt(NamedTuple):
@@ -87,7 +90,7 @@ PRESETS = {
     "turbo": AdaptiveSettings(mass=(0.80,), least_mass=(0.50,), price=1e-6, near_price=2e-7, most_pages=(512,), sample_rows=8),
     "balanced": AdaptiveSettings(mass=(0.95,), least_mass=(0.60,), price=2e-7, near_price=1e-8, price_growth=1.5),
     "faithful": AdaptiveSettings(
-        mass=(0.98,), least_mass=(0.90,), far_least_mass=(0.85,), price=2e-8, near_price=5e-10, price_growth=1.25, end_pages=4096
+        mass=(0.98,), least_mass=(0.90,), far_least_mass=(0.85,), price=2e-8, near_price=5e-10, price_growth=1.25, end_pages=2048
     ),
 }
 
@@ -100,25 +103,35 @@ def settings_of(preset: str, mass: float | None) -> AdaptiveSettings:
     return dataclasses.replace(settings, mass=(mass,), least_mass=(mass,), far_least_mass=None, price=math.inf, near_price=None)
 
 
-def end_of(num_pages: int, settings: AdaptiveSettings) -> int:
-    """Pages that each head of the end of a prompt of ``num_pages`` pages reads: half of them, but no fewer than half of ``end_pages`` and no
-    more than ``end_pages``. A prompt that has no more is read whole by its end."""
-    return min(max(num_pages // 2, settings.end_pages // 2), settings.end_pages)
+def end_of(first_page: int, settings: AdaptiveSettings) -> dict[str, int] | None:
+    """How the end of a prompt chooses pages, as settings of ``blocks.choose_by_mass``, if it begins in ``first_page``: an eighth of them by bounds,
+    but no more than ``end_pages``, and four times those in all. None where it reads everything."""
+    if first_page < settings.end_pages:
+        return None
+    bound_pages = min(first_page // 8, settings.end_pages)
+    return {"most_pages": 4 * settings.end_pages, "bound_pages": bound_pages, "sample_rows": PAGE_TOKENS}
 
 
 def select(
-    chunk: Chunk, layer: int, num_layers: int, mass: torch.Tensor, settings: AdaptiveSettings, *, window: int, end_pages: int
+    chunk: Chunk,
+    layer: int,
+    num_layers: int,
+    mass: torch.Tensor,
+    settings: AdaptiveSettings,
+    *,
+    window: int,
+    end: dict[str, int] | None = None,
 ) -> BlockLists:
-    """Lists for every head of a layer; mass: float32 [heads]; window: the position at which the chunk's window begins; end_pages: what
-    ``end_of`` gives for the whole prompt."""
+    """Lists for every head of a layer; mass: float32 [heads]; window: the position at which the chunk's window begins; end: what ``end_of`` gives
+    for the prompt, whose end reads everything otherwise."""
     return blocks.select_by_mass(
         chunk,
         mass,
+        end=None if end is None else {**end, "mass": end_mass(mass, settings)},
         sink_pages=settings.sink_pages,
         local_pages=settings.local_pages,
         most_pages=None if settings.most_pages is None else of_depth(settings.most_pages, layer, num_layers),
         sample_rows=sample_rows_at(window, settings),
-        end_pages=end_pages,
     )
 
 
@@ -158,6 +171,11 @@ def learn(learnt: Learnt, error: torch.Tensor, pages: torch.Tensor, position: in
     least_mass = settings.least_mass if settings.far_least_mass is None or position < FAR_TOKENS else settings.far_least_mass
     near = near.clamp_min(1 - settings.most_mass).minimum(_left_out(least_mass, *left_out.shape))
     return Learnt(torch.where(all_pages > 0, near, learnt.left_out), all_error, all_pages)
+
+
+def end_mass(mass: torch.Tensor, settings: AdaptiveSettings) -> torch.Tensor:
+    """Share of estimated mass that the prompt's end keeps, where other rows keep ``mass``; never less."""
+    return (1 - (1 - mass) / _END).clamp_max(settings.most_mass).maximum(mass)
 
 
 def _left_out(kept: tuple[float, ...], num_layers: int, num_heads: int) -> torch.Tensor:
