@@ -248,7 +248,7 @@ def far_table(length: int = 131072) -> str:
                 f"`fidelity_{length // 1024}k_*_{preset}.json`",
             )
         )
-    header = ("", "first token", "faster", "block pairs read", "same next token as dense", "KL to dense", "as a prompt's end", "records")
+    header = ("", "first token", "faster", "block pairs read", "same next token as dense", "KL to dense", "KL as a prompt's end", "records")
     caption = f"\n{length:,} tokens, the same way. A prompt's end, where an answer begins, reads more than other rows.\n"
     return table(header, lines) + caption
 
