@@ -26,17 +26,18 @@ from zen_turbo.evals.heatmap import length_text, read_json
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 Row = dict[str, Any]
+RIVALS = ("minference", "flexprefill", "xattention", "tri_shape")
 # What is drawn as one line, and its records.
 KINDS = {
     "adaptive": [f"fidelity_*k_{text}_{preset}.json" for text in NAMES for preset in ("turbo_linear_full", "balanced", "faithful")],
     "one share for all heads": ["frontier/uniform_*.json"],
-    **{name: [f"frontier/{name}_*.json"] for name in ("minference", "flexprefill", "xattention", "tri_shape")},
+    **{name: [f"frontier/{name}_*.json"] for name in RIVALS},
 }
 MEASURES = {"kl": "mean KL to dense, nats per token", "recall_mean": "share of exact attention mass kept"}
 RETRIEVAL = {
     "adaptive": [f"retrieval_*k_{preset}.json" for preset in PRESETS],
     "one share for all heads": ["frontier/retrieval_uniform_*.json"],
-    **{name: [f"frontier/retrieval_{name}_*.json"] for name in ("minference", "flexprefill", "xattention", "tri_shape")},
+    **{name: [f"frontier/retrieval_{name}_*.json"] for name in RIVALS},
 }
 
 

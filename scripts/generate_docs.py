@@ -200,6 +200,22 @@ def rows(name: str) -> list[dict[str, typing.Any]]:
     return read_json(ROOT / "results" / name)["rows"]
 
 
+def preset_cells(preset: str, length: int, seconds: float, dense_seconds: float, last: str = "kl") -> tuple[str, ...]:
+    """Of a line of a table of presets: its name, what it takes, and what its records of ``bench fidelity`` have up to the column ``last``."""
+    kept = [row for text in ("code", "qa", "novel") for row in rows(f"fidelity_{length // 1024}k_{text}_{preset}.json")]
+    columns = {"density": ".0%", "top1_agreement": ".1%", "kl": ".4f", "end_kl": ".4f"}
+    shown = list(columns)[: list(columns).index(last) + 1]
+    return (
+        f"`--preset {preset}`" + (" (default)" if preset == EngineConfig().preset else ""),
+        f"{seconds:.0f} s",
+        f"{dense_seconds / seconds:{'.2f' if length < 65536 else '.1f'}}x",
+        *(", ".join(format(row[column], columns[column]) for row in kept) for column in shown),
+    )
+
+
+PRESET_HEADER = ("", "first token", "faster", "block pairs read", "same next token as dense", "KL to dense")
+
+
 def presets_table(length: int = 32768) -> str:
     """What each preset takes and keeps, from its records at one length."""
 
@@ -208,49 +224,23 @@ def presets_table(length: int = 32768) -> str:
 
     dense = seconds("dense")
     lines = [("`--attention dense`", f"{dense:.0f} s", "1", "100 %", "100 %", "0", "`prefill_dense.json`")]
-    for preset in PRESETS:
-        kept = [row for text in ("code", "qa", "novel") for row in rows(f"fidelity_{length // 1024}k_{text}_{preset}.json")]
-        took = seconds(preset)
-        lines.append(
-            (
-                f"`--preset {preset}`" + (" (default)" if preset == EngineConfig().preset else ""),
-                f"{took:.0f} s",
-                f"{dense / took:.2f}x",
-                ", ".join(f"{row['density']:.0%}" for row in kept),
-                ", ".join(f"{row['top1_agreement']:.1%}" for row in kept),
-                ", ".join(f"{row['kl']:.4f}" for row in kept),
-                f"`*_{preset}.json`",
-            )
-        )
-    header = ("", "first token", "faster", "block pairs read", "same next token as dense", "KL to dense", "records")
+    lines += [(*preset_cells(preset, length, seconds(preset), dense), f"`*_{preset}.json`") for preset in PRESETS]
     caption = (
         f"\n{length:,} tokens. Times on code, the rest on code, encyclopedic text and a novel: the last 512 positions against dense attention."
         " `turbo` has 8-bit linear layers, too; `balanced` has them beyond 32K tokens.\n"
     )
-    return table(header, lines) + caption
+    return table((*PRESET_HEADER, "records"), lines) + caption
 
 
 def far_table(length: int = 131072) -> str:
     """The same at a length where dense attention takes a quarter of an hour, from the records of ``bench fidelity`` alone."""
     lines = []
     for preset in PRESETS:
-        code, *others = kept = [row for text in ("code", "qa", "novel") for row in rows(f"fidelity_{length // 1024}k_{text}_{preset}.json")]
-        assert len(others) == 2
-        lines.append(
-            (
-                f"`--preset {preset}`" + (" (default)" if preset == EngineConfig().preset else ""),
-                f"{code['prefill_s']:.0f} s",
-                f"{code['dense_prefill_s'] / code['prefill_s']:.1f}x",
-                ", ".join(f"{row['density']:.0%}" for row in kept),
-                ", ".join(f"{row['top1_agreement']:.1%}" for row in kept),
-                ", ".join(f"{row['kl']:.4f}" for row in kept),
-                ", ".join(f"{row['end_kl']:.4f}" for row in kept),
-                f"`fidelity_{length // 1024}k_*_{preset}.json`",
-            )
-        )
-    header = ("", "first token", "faster", "block pairs read", "same next token as dense", "KL to dense", "KL as a prompt's end", "records")
+        (code,) = rows(f"fidelity_{length // 1024}k_code_{preset}.json")
+        cells = preset_cells(preset, length, code["prefill_s"], code["dense_prefill_s"], last="end_kl")
+        lines.append((*cells, f"`fidelity_{length // 1024}k_*_{preset}.json`"))
     caption = f"\n{length:,} tokens, the same way. A prompt's end, where an answer begins, reads more than other rows.\n"
-    return table(header, lines) + caption
+    return table((*PRESET_HEADER, "KL as a prompt's end", "records"), lines) + caption
 
 
 def results_table() -> str:

@@ -17,7 +17,7 @@ from zen_turbo.attention import blocks, fidelity
 from zen_turbo.attention.attend import ChunkPlan
 from zen_turbo.attention.fidelity import Fidelity, Observation
 from zen_turbo.attention.policies import adaptive
-from zen_turbo.bench.fidelity import sparse_pass
+from zen_turbo.bench.fidelity import measured_pass
 from zen_turbo.config import PRESETS
 from zen_turbo.engine.engine import DENSE_TAIL_TOKENS
 from zen_turbo.engine.request import Event, PrefillProgress, RequestOutput, SamplingParams
@@ -119,8 +119,8 @@ def test_the_end_of_a_prompt_reads_as_many_pages_as_it_may(
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 def test_an_end_is_measured_as_a_request_has_it(tiny_folder: Path, small_windows: None, kv_dtype: str) -> None:
     llm, prompt = make(tiny_folder, kv_dtype=kv_dtype), tiny.tokens(LENGTH)
-    measured = sparse_pass(llm.engine, prompt, llm.engine.new_fidelity(dense_from=LENGTH), num_rows=300)
-    assert measured.logits.shape == measured.end_logits.shape
+    measured = measured_pass(llm.engine, prompt, llm.engine.new_fidelity(dense_from=LENGTH), num_rows=300)
+    assert measured.end_logits is not None and measured.logits.shape == measured.end_logits.shape
     for end in (LENGTH, LENGTH - 300 + 2 * DENSE_TAIL_TOKENS, LENGTH - 300 + DENSE_TAIL_TOKENS):
         _, (first, *_) = spied(make(tiny_folder, kv_dtype=kv_dtype), prompt[:end])
         row = end - LENGTH - 1

@@ -81,15 +81,9 @@ def compare(dense: torch.Tensor, sparse: torch.Tensor) -> Difference:
     return Difference(same / len(dense), kl / len(dense), (error / scale) ** 0.5)
 
 
-def last_logits(
-    engine: Engine, tokens: Sequence[int], *, num_rows: int = NUM_ROWS, fidelity: Fidelity | None = None
-) -> torch.Tensor:
-    """Logits of the last ``num_rows`` positions, float32 [num_rows, V], read on the engine's grid of chunks."""
-    cache = SequenceCache(engine.pool)
-    try:
-        return _read_on(engine, cache, tokens, fidelity, logits_from=len(tokens) - num_rows)
-    finally:
-        cache.release()
+def last_logits(engine: Engine, tokens: Sequence[int], *, num_rows: int = NUM_ROWS) -> torch.Tensor:
+    """Logits of the last ``num_rows`` positions, float32 [num_rows, V], read on the engine's grid of chunks and densely."""
+    return measured_pass(engine, tokens, None, num_rows=num_rows).logits
 
 
 def _read_on(engine: Engine, cache: SequenceCache, tokens: Sequence[int], fidelity: Fidelity | None, *, logits_from: int) -> torch.Tensor:
@@ -104,24 +98,26 @@ def _read_on(engine: Engine, cache: SequenceCache, tokens: Sequence[int], fideli
     return torch.cat(parts)
 
 
-class SparsePass(NamedTuple):
-    """Logits of the last positions, float32 [rows, V]: of rows like all others, and of the same ones as ends of prompts; and the seconds that the
-    former took."""
+class MeasuredPass(NamedTuple):
+    """Logits of the last positions, float32 [rows, V]: of rows like all others, and of the same ones as ends of prompts (None where attention is
+    dense); and the seconds that the former took."""
 
     logits: torch.Tensor
-    end_logits: torch.Tensor
+    end_logits: torch.Tensor | None
     seconds: float
 
 
-def sparse_pass(engine: Engine, tokens: Sequence[int], fidelity: Fidelity, *, num_rows: int = NUM_ROWS) -> SparsePass:
-    """fidelity: of this prompt, without an end. A prompt's end is ``DENSE_TAIL_TOKENS`` long, so the positions are dealt out to as many
-    prompts as that takes, which share the pages before their ends."""
+def measured_pass(engine: Engine, tokens: Sequence[int], fidelity: Fidelity | None, *, num_rows: int = NUM_ROWS) -> MeasuredPass:
+    """fidelity: of this prompt, without an end; None where attention is dense. A prompt's end is ``DENSE_TAIL_TOKENS`` long, so the positions are
+    dealt out to as many prompts as that takes, which share the pages before their ends."""
     cache, length = SequenceCache(engine.pool), len(tokens)
     ends = []
     try:
         began = time.perf_counter()
         logits = _read_on(engine, cache, tokens, fidelity, logits_from=length - num_rows)
         seconds = time.perf_counter() - began
+        if fidelity is None:
+            return MeasuredPass(logits, None, seconds)
         for first in range(length - num_rows, length, DENSE_TAIL_TOKENS):
             last = min(first + DENSE_TAIL_TOKENS, length)
             own = SequenceCache(engine.pool)
@@ -135,7 +131,7 @@ def sparse_pass(engine: Engine, tokens: Sequence[int], fidelity: Fidelity, *, nu
                 own.release()
     finally:
         cache.release()
-    return SparsePass(logits, torch.cat(ends), seconds)
+    return MeasuredPass(logits, torch.cat(ends), seconds)
 
 
 class DensePass(NamedTuple):
@@ -155,8 +151,8 @@ def dense_pass(engine: Engine, model: str, tokens: Sequence[int], keep: Path | N
     plain = {"attention": "dense", "kv_dtype": "auto", "linear_dtype": "full", "decode_attention": "dense", "store": None}
     reference = LLM(model, config=EngineConfig.from_dict({**settings, **plain})).engine
     try:
-        began = time.perf_counter()
-        found = DensePass(last_logits(reference, tokens), time.perf_counter() - began)
+        read = measured_pass(reference, tokens, None)
+        found = DensePass(read.logits, read.seconds)
     finally:
         reference.close()
     if path is not None:
@@ -196,13 +192,8 @@ def run(
             dense = dense_pass(engine, model, tokens, keep_dense)
             experiment.log(f"{length} tokens of {name}: dense, {dense.seconds:.1f} s")
             state = engine.new_fidelity(dense_from=length) if engine.config.attention != "dense" else None
-            if state is None:
-                began = time.perf_counter()
-                sparse, end = last_logits(engine, tokens), None
-                seconds = time.perf_counter() - began
-            else:
-                sparse, ends, seconds = sparse_pass(engine, tokens, state)
-                end = compare(dense.logits, ends)
+            sparse = measured_pass(engine, tokens, state)
+            end = None if sparse.end_logits is None else compare(dense.logits, sparse.end_logits)
             row: Row = {
                 "length": length,
                 "text": name,
@@ -213,10 +204,10 @@ def run(
                 "density": state.density if state else 1.0,
                 "recall_mean": state.recall if state else None,
                 "recall_p5": state.recall_p5 if state else None,
-                **compare(dense.logits, sparse)._asdict(),
+                **compare(dense.logits, sparse.logits)._asdict(),
                 "end_top1_agreement": end.top1_agreement if end else None,
                 "end_kl": end.kl if end else None,
-                "prefill_s": seconds,
+                "prefill_s": sparse.seconds,
                 "dense_prefill_s": dense.seconds,
                 "prompt_sha256": fingerprint(tokens),
             }
