@@ -269,7 +269,7 @@ def results_table() -> str:
     page = {row["case"]: row for row in rows("page_novel.json")}
     megabytes = read_json(ROOT / "results" / "page_novel.json")["settings"]["bytes"] / 1e6
     near = [*rows("passkey_turbo.json"), *rows("passkey_turbo_128k.json")]
-    farther, faithful = rows("passkey_turbo_256k.json"), rows("passkey_faithful.json")
+    farther, faithful = [*rows("passkey_turbo_256k.json"), *rows("passkey_turbo_512k.json")], rows("passkey_faithful.json")
     balanced = [*rows("passkey_balanced.json"), *rows("passkey_balanced_128k.json")]
     far = rows("marginal_128k_turbo.json")[-1]
     marginal = rows("marginal_1m_turbo.json")
@@ -342,9 +342,9 @@ def results_table() -> str:
         ),
         (
             f"Passkey found with the preset turbo in prompts of 4K to {length_text(near[-1]['length'])} tokens, eleven depths, and of"
-            f" {length_text(farther[-1]['length'])}, five",
+            f" {joined([length_text(length) for length in sorted({row['length'] for row in farther})])}, five each",
             f"{sum(row['correct'] for row in [*near, *farther])} of {len(near) + len(farther)}",
-            "passkey_turbo.json, passkey_turbo_128k.json, passkey_turbo_256k.json",
+            "passkey_turbo.json, passkey_turbo_128k.json, passkey_turbo_256k.json, passkey_turbo_512k.json",
         ),
         (
             f"The same with dense attention, 4K to {longest} tokens (the model was trained on 32K)",
