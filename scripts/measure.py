@@ -75,13 +75,14 @@ def measurements() -> dict[str, Measurement]:
         add(f"retrieval_decode_128k_{name}", 8 if name == "sparse" else 4, "eval", "retrieval", *decoding, *options)
     # With a preset's own linear layers these would be in bf16 up to 32K tokens only.
     rivals = {f"uniform_{mass}": ["--attention", "adaptive", "--fidelity", f"0.{mass}", "--linear-dtype", "full"] for mass in (80, 90, 95, 98)}
-    rivals |= {name: ["--attention", name] for name in ("minference", "flexprefill", "xattention", "tri_shape")}
+    selecting_in_torch = ("minference", "flexprefill", "xattention")  # these take longest
+    rivals |= {name: ["--attention", name] for name in (*selecting_in_torch, "tri_shape")}
     for label, length, minutes, slow_minutes in (("32k", 32768, 2, 4), ("128k", 131072, 12, 32)):
         for text in NAMES:
             for name, policy in rivals.items():
                 options = ["--lengths", str(length), "--texts", text, "--keep-dense", "logs/dense"]
-                slow = name in ("minference", "flexprefill", "xattention")  # these select in torch
-                add(f"frontier/{name}_{label}_{text}", slow_minutes if slow else minutes, "bench", "fidelity", *policy, *options)
+                cost = slow_minutes if name in selecting_in_torch else minutes
+                add(f"frontier/{name}_{label}_{text}", cost, "bench", "fidelity", *policy, *options)
     for name, policy in rivals.items():
         add(f"frontier/retrieval_{name}_32k", 14, "eval", "retrieval", *policy, "--lengths", "32768", "--questions", "200")
     for preset, minutes in (("turbo", 9), ("balanced", 11), ("faithful", 16)):
