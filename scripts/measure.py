@@ -51,14 +51,16 @@ def measurements() -> dict[str, Measurement]:
     add("passkey_balanced", 25, "eval", "passkey", "--lengths", short, *grid, *preset_of("balanced"))
     add("passkey_balanced_128k", 26, "eval", "passkey", "--lengths", "131072", *grid, *preset_of("balanced"))
     add("passkey_faithful", 25, "eval", "passkey", "--lengths", short, *grid, *preset_of("faithful"))
-    for length, label, questions, minutes in ((32768, "32k", 200, 60), (131072, "128k", 100, 150)):
-        options = ["--lengths", str(length), "--questions", str(questions)]
-        # One record for each policy: the questions are the same, so their scores can be compared pair by pair.
+    # One record for each policy: the questions of a seed are the same, so their scores can be compared pair by pair.
+    asked = [("32k", 32768, 200, 0, 60), ("128k", 131072, 100, 0, 150), *((f"32k_seed{seed}", 32768, 200, seed, 60) for seed in (1, 2))]
+    for label, length, questions, seed, minutes in asked:
+        options = ["--lengths", str(length), "--questions", str(questions), *(["--seed", str(seed)] if seed else [])]
         for name, policy, share in (("dense", "dense", 3), *((preset, f"adaptive:{preset}", 2) for preset in PRESETS)):
             add(f"retrieval_{label}_{name}", minutes * share // 4, "eval", "retrieval", "--attention", policy, *options)
-            if name not in ("dense", "balanced"):
+            if seed or name not in ("dense", "balanced"):
                 continue
             add(f"retrieval_int8_{label}_{name}", minutes * share // 4, "eval", "retrieval", "--attention", policy, "--kv-dtype", "int8", *options)
+    for label, length in (("32k", 32768), ("128k", 131072)):
         for text in NAMES:
             keep = ["--lengths", str(length), "--texts", text, "--keep-dense", "logs/dense"]
             for preset in PRESETS:

@@ -80,6 +80,10 @@ def test_questions_are_dealt_out_to_as_few_contexts_as_can_be(tiny_folder: Path)
         assert [sum(item.context == number for item in asked) for number in range(3)] == [24, 24, 23]
         assert {task: sum(item.question.task == task for item in asked) for task in ("multikey", "kv")} == {"multikey": 36, "kv": 35}
         assert len({item.text for item in asked}) == 3, "36 of a task are three contexts of 12"
+    others = retrieval.questions_of(engine, [6000], ["multikey", "kv"], num_questions=71, text="code", seed=1)[6000]
+    assert len(others) == 71 and not {item.question.text for item in others} & {item.question.text for item in found[6000]}
+    with pytest.raises(ConfigurationError, match="17001 questions take 1001 contexts; a seed has 1000"):
+        retrieval.questions_of(engine, [6000], ["kv"], num_questions=17001, text="code")
     engine.close()
 
 

@@ -228,6 +228,7 @@ def eval_retrieval(
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas: multikey, multivalue, kv.")] = "multikey,multivalue,kv",
     questions: Annotated[int, typer.Option(help="Questions per length, dealt out to the tasks.")] = 200,
     text: Annotated[str, typer.Option(help="Text to hide facts in: code, novel, qa.")] = "code",
+    seed: Annotated[int, typer.Option(help="Another one hides other facts in other places.")] = 0,
     output: Output = None,
     *,
     config: EngineConfig,
@@ -242,6 +243,7 @@ def eval_retrieval(
         policies=policies.split(","),
         num_questions=questions,
         text=text,
+        seed=seed,
         config=config,
         output=output,
     )

@@ -34,6 +34,7 @@ from zen_turbo.progress import prefill_bar
 MAX_NEW_TOKENS = {"multikey": 16, "multivalue": 64, "kv": 48}
 MOST_FACTS = 17  # of each task in a context: with more, a small model finds too little for a comparison
 TOGETHER = 16  # questions about a context that is known
+MOST_CONTEXTS = 1000  # of a seed
 COLUMNS = ("task", "length", "attention", "preset", "n", "score", "versus_dense", "standard_error", "density", "recall", "read_s")
 
 
@@ -56,12 +57,20 @@ def messages(context: str, question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{context}\n\n{question}"}, {"role": "assistant", "content": answer}]
 
 
-def questions_of(engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *, num_questions: int, text: str) -> dict[int, list[Asked]]:
-    """What is asked at each length: ``num_questions`` are dealt out to the tasks, and those of each to as few contexts as ``MOST_FACTS`` allows."""
+def questions_of(
+    engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *, num_questions: int, text: str, seed: int = 0
+) -> dict[int, list[Asked]]:
+    """What is asked at each length: ``num_questions`` are dealt out to the tasks, and those of each to as few contexts as ``MOST_FACTS`` allows.
+    No two seeds have a context in common.
+
+    Raises ConfigurationError where that takes more than ``MOST_CONTEXTS``.
+    """
     found: dict[int, list[Asked]] = {}
     source = corpora.path_of(text)
     of_task = {task: share(num_questions, len(tasks), number) for number, task in enumerate(tasks)}
     num_contexts = -(-max(of_task.values()) // MOST_FACTS)
+    if num_contexts > MOST_CONTEXTS:
+        raise ConfigurationError(f"{num_questions} questions take {num_contexts} contexts; a seed has {MOST_CONTEXTS}.", param="questions")
     for length in sorted(set(lengths)):
         lines = engine.tokenizer.decode(read_tokens(engine.tokenizer, length, source)).splitlines()
         found[length] = []
@@ -72,7 +81,7 @@ def questions_of(engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *
                 lines=lines,
                 count=lambda body: len(engine.chat_template.encode(messages(body, "", ""))),
                 max_new_tokens=max(MAX_NEW_TOKENS[task] for task in tasks),
-                seed=number,
+                seed=MOST_CONTEXTS * seed + number,
             )
             found[length] += [Asked(number, context.text, question) for question in context.questions]
     return found
@@ -141,17 +150,20 @@ def run(
     policies: Sequence[str],
     num_questions: int,
     text: str,
+    seed: int = 0,
     config: EngineConfig,
     output: Path | None = None,
 ) -> dict[str, Any]:
     """Ask every policy everything, print the report, return the record. Raises ConfigurationError for what cannot be asked."""
     if not lengths or min(lengths) < 1 or num_questions < len(tasks) or not tasks or not policies:
         raise ConfigurationError("lengths, tasks and policies must not be empty, and each task needs a question.", param="questions")
+    if seed < 0:
+        raise ConfigurationError(f"A seed is 0 or more, not {seed}.", param="seed")
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown:
         raise ConfigurationError(f"There is no retrieval task {unknown[0]!r}; known are {', '.join(TASKS)}.", param="tasks")
     configs = {policy: config_of(config, policy) for policy in policies}
-    settings = {"lengths": sorted(set(lengths)), "tasks": list(tasks), "questions": num_questions, "text": text}
+    settings = {"lengths": sorted(set(lengths)), "tasks": list(tasks), "questions": num_questions, "text": text, "seed": seed}
     asked = {**settings, "generator_version": GENERATOR_VERSION}
     experiment = Experiment("eval", "retrieval", settings={**asked, "policies": list(policies)}, output=output)
     made: dict[int, list[Asked]] = {}
@@ -159,7 +171,7 @@ def run(
     presets: dict[str, str | None] = {}
     for policy, policy_config in configs.items():
         llm = LLM(model, config=policy_config)
-        made = made or questions_of(llm.engine, lengths, tasks, num_questions=num_questions, text=text)
+        made = made or questions_of(llm.engine, lengths, tasks, num_questions=num_questions, text=text, seed=seed)
         presets[policy] = preset_of(llm.engine)
         facts = engine_facts(llm.engine)
         experiment.settings[policy] = facts
