@@ -259,6 +259,7 @@ def results_table() -> str:
     longest = length_text(max(row["length"] for row in passkey))
     greedy = [row for row in rows("transformers.json") if (row["first"], row["second"]) == ("ours float32", "reference fp32")]
     identical = sum(row["verdict"] == "identical" for row in greedy)
+    narrow = {name: rows(f"prefill_{name}_avx2.json")[-1] for name in ("dense", "turbo", "balanced")}
     at_8k = next(row for row in prefill if row["length"] == 8192)
     longest_records = [f"passkey_turbo_1m_{part}.json" for part in ("25", "lower_half", "0")]
     millions = sorted((row for name in longest_records for row in rows(name)), key=lambda row: row["depth"])
@@ -361,6 +362,13 @@ def results_table() -> str:
             f"Time to first token against llama.cpp's best setting, {joined([length_text(row['length']) for row in peers])} tokens",
             joined([f"{row['ratio']:.1f}x" for row in peers]) + " faster",
             "llama_cpp.json",
+        ),
+        (
+            f"A CPU with AVX2 alone: first token after {narrow['dense']['length']:,} tokens of code with dense attention, the presets"
+            f" {joined([*narrow][1:])}",
+            joined([f"{row['ttft_s'] / 60:.1f}" for row in narrow.values()])
+            + f" min; {joined([format(narrow['dense']['ttft_s'] / row['ttft_s'], '.1f') + 'x' for name, row in narrow.items() if name != 'dense'])}",
+            ", ".join(f"prefill_{name}_avx2.json" for name in narrow),
         ),
         (
             f"Attention kernel, share of the machine's bf16 GEMM peak, head_dim {joined([str(row['head_dim']) for row in kernel])}",
