@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import statistics
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,7 +193,7 @@ def readme_page() -> str:
     text = (ROOT / "README.md").read_text()
     begin, end = "<!-- results: written by scripts/generate_docs.py from results/*.json -->\n", "<!-- /results -->"
     before, rest = text.split(begin)
-    return before + begin + results_table() + "\n" + presets_table() + "\n" + far_table() + end + rest.split(end)[1]
+    return before + begin + results_table() + "\n" + presets_table() + "\n" + far_table() + "\n" + retrieval_table() + end + rest.split(end)[1]
 
 
 def rows(name: str) -> list[dict[str, typing.Any]]:
@@ -241,6 +242,32 @@ def far_table(length: int = 131072) -> str:
         lines.append((*cells, f"`fidelity_{length // 1024}k_*_{preset}.json`"))
     caption = f"\n{length:,} tokens, the same way. A prompt's end, where an answer begins, reads more than other rows.\n"
     return table((*PRESET_HEADER, "KL as a prompt's end", "records"), lines) + caption
+
+
+def retrieval_table(lengths: tuple[int, ...] = (32768, 131072)) -> str:
+    """Points of every preset and of dense attention on the same questions, of all seeds that both have records of."""
+    lines = []
+    asked = [*((f"`--preset {preset}`", "", preset) for preset in PRESETS), ("`--attention dense --kv-dtype int8`", "int8_", "dense")]
+    for what, prefix, name in asked:
+        cells = []
+        for length in lengths:
+            mine, dense = [], []
+            for path in sorted((ROOT / "results").glob(f"retrieval_{prefix}{length // 1024}k*_{name}.json")):
+                mine += points_of(rows(path.name))
+                dense += points_of(rows(path.name.removesuffix(f"{name}.json").replace(prefix, "") + "dense.json"))
+            differences = [one - other for one, other in zip(mine, dense, strict=True)]
+            error = statistics.stdev(differences) / len(differences) ** 0.5 if differences else 0
+            said = (statistics.fmean(values) for values in (mine, dense, differences)) if differences else ()
+            cells.append("{:.1f}, {:.1f}; {:+.1f} ± {:.1f} ({})".format(*said, error, len(differences)) if differences else "")
+        lines.append((what, *cells))
+    header = ("", *(f"{length_text(length)}: points of 100, of dense attention; difference ± its standard error (questions)" for length in lengths))
+    caption = "\nFacts that are hidden in code among a hundred that look alike (`retrieval_*.json`), of which this model itself finds few.\n"
+    return table(header, lines) + caption
+
+
+def points_of(record: list[dict[str, typing.Any]]) -> list[float]:
+    """Of a record of ``eval retrieval``: of every question, of 100."""
+    return [100 * score for row in record for score in row["scores"]]
 
 
 def results_table() -> str:
