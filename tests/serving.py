@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import openai
+import pytest
 import uvicorn
 from fastapi import FastAPI
 
@@ -17,6 +19,9 @@ from zen_turbo.cli.serve import listen
 from zen_turbo.engine.engine import Engine
 from zen_turbo.server.app import create_app
 from zen_turbo.server.settings import ServerSettings
+
+NAME = "tiny"
+HELLO = [{"role": "user", "content": "The grass is green."}]
 
 
 @contextmanager
@@ -44,9 +49,40 @@ def wait_until(condition: Any, seconds: float = 20) -> None:
 
 
 @contextmanager
+def served(engine: Engine) -> Iterator[str]:
+    """The base URL of a server of its own, for an engine that is loaded already."""
+    app = create_app(lambda: engine, model_name=NAME, keep_alive_s=0.2, default_max_tokens=32)
+    with serving(app) as base:
+        wait_until(lambda: httpx.get(f"{base}/health").status_code == 200)
+        yield base
+
+
+def client_of(base: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@contextmanager
+def serving_client(engine: Engine) -> Iterator[openai.OpenAI]:
+    with served(engine) as base, client_of(base) as client:
+        yield client
+
+
+def chat(client: openai.OpenAI, **values: Any) -> Any:
+    return client.chat.completions.create(**{"model": NAME, "messages": HELLO, "temperature": 0, "max_tokens": 8, **values})
+
+
+def refused(client: openai.OpenAI, kind: type[openai.APIStatusError], **values: Any) -> dict[str, Any]:
+    with pytest.raises(kind) as caught:
+        chat(client, **values)
+    body = caught.value.body
+    assert isinstance(body, dict) and {"message", "type", "param", "code"} <= set(body)
+    return body
+
+
+@contextmanager
 def server(engine: Engine, **settings: Any) -> Iterator[httpx.Client]:
     """A client of a server of its own; settings: of ServerSettings."""
-    app = create_app(lambda: engine, model_name="tiny", settings=ServerSettings(**settings))
+    app = create_app(lambda: engine, model_name=NAME, settings=ServerSettings(**settings))
     with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         wait_until(lambda: client.get("/health").status_code == 200)
         yield client

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from test_server import NAME, serving_client
+from serving import NAME, serving_client
 from test_tools import HERMES_TEMPLATE, load
 
 from zen_turbo.engine.engine import Engine

@@ -12,7 +12,7 @@ import openai
 import pytest
 import torch
 import transformers
-from test_server import NAME, serving_client
+from serving import NAME, serving_client
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from made_documents import HOSTILE_PDFS
-from test_server import wait_until
+from serving import wait_until
 
 from zen_turbo.errors import ConfigurationError, DocumentError, ReadersBusyError, ZenTurboError
 from zen_turbo.server.file_store import READERS_AT_ONCE, FileStore

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 from made_documents import HOSTILE_PDFS, docx_of, epub_of, pdf_of, zip_of
-from test_server import HELLO, NAME, serving, wait_until
+from serving import HELLO, NAME, serving, wait_until
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine

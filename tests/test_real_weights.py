@@ -15,7 +15,7 @@ import jsonschema
 import openai
 import pytest
 import schemas
-from test_server import NAME, serving_client
+from serving import NAME, serving_client
 
 from zen_turbo import LLM
 from zen_turbo.evals.passkey import GREEDY

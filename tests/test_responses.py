@@ -11,7 +11,7 @@ import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel
-from test_server import NAME
+from serving import NAME
 from test_tools import TOOL_LIST, WEATHER, biased, client, engine
 
 from zen_turbo.engine.engine import Engine

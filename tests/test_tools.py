@@ -15,7 +15,7 @@ import tiny
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_server import NAME, serving_client
+from serving import NAME, serving_client
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
