@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import statistics
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from zen_turbo import errors
 from zen_turbo.cli import DEBUG_ENVIRONMENT, app
 from zen_turbo.config import PRESETS, EngineConfig, flag_of
 from zen_turbo.evals.heatmap import length_text, read_json
+from zen_turbo.evals.retrieval import summarise
 from zen_turbo.models.catalogue import CACHE_ENVIRONMENT
 from zen_turbo.native import ISA_ENVIRONMENT, ISAS
 from zen_turbo.server.keys import KEY_ENVIRONMENT
@@ -246,28 +246,31 @@ def far_table(length: int = 131072) -> str:
 
 def retrieval_table(lengths: tuple[int, ...] = (32768, 131072)) -> str:
     """Points of every preset and of dense attention on the same questions, of all seeds that both have records of."""
+
+    def answers(name: str) -> list[dict[str, typing.Any]]:
+        return [{"score": score} for row in rows(name) for score in row["scores"]]
+
     lines = []
     asked = [*((f"`--preset {preset}`", "", preset) for preset in PRESETS), ("`--attention dense --kv-dtype int8`", "int8_", "dense")]
     for what, prefix, name in asked:
         cells = []
         for length in lengths:
             mine, dense = [], []
-            for path in sorted((ROOT / "results").glob(f"retrieval_{prefix}{length // 1024}k*_{name}.json")):
-                mine += points_of(rows(path.name))
-                dense += points_of(rows(path.name.removesuffix(f"{name}.json").replace(prefix, "") + "dense.json"))
-            differences = [one - other for one, other in zip(mine, dense, strict=True)]
-            error = statistics.stdev(differences) / len(differences) ** 0.5 if differences else 0
-            said = (statistics.fmean(values) for values in (mine, dense, differences)) if differences else ()
-            cells.append("{:.1f}, {:.1f}; {:+.1f} ± {:.1f} ({})".format(*said, error, len(differences)) if differences else "")
+            for path in sorted((ROOT / "results").glob(f"retrieval_{length // 1024}k*_dense.json")):
+                other = path.name.replace("retrieval_", f"retrieval_{prefix}").replace("_dense.json", f"_{name}.json")
+                if (path.parent / other).exists():
+                    mine += answers(other)
+                    dense += answers(path.name)
+            if not mine:
+                cells.append("")
+                continue
+            found = summarise(mine, dense)
+            points = f"{found['score']:.1f}, {summarise(dense, None)['score']:.1f}"
+            cells.append(f"{points}; {found['versus_dense']:+.1f} ± {found['standard_error']:.1f} ({found['n']})")
         lines.append((what, *cells))
     header = ("", *(f"{length_text(length)}: points of 100, of dense attention; difference ± its standard error (questions)" for length in lengths))
     caption = "\nFacts that are hidden in code among a hundred that look alike (`retrieval_*.json`), of which this model itself finds few.\n"
     return table(header, lines) + caption
-
-
-def points_of(record: list[dict[str, typing.Any]]) -> list[float]:
-    """Of a record of ``eval retrieval``: of every question, of 100."""
-    return [100 * score for row in record for score in row["scores"]]
 
 
 def results_table() -> str:
