@@ -88,6 +88,21 @@ def server(engine: Engine, **settings: Any) -> Iterator[httpx.Client]:
         yield client
 
 
+@contextmanager
+def failing(engine: Engine) -> Iterator[None]:
+    """Every request fails where nobody foresaw it, with a message that no client may see: "/secret/path"."""
+    begin = engine.decoder.begin
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("/secret/path")
+
+    engine.decoder.begin = faulty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine.decoder.begin = begin  # type: ignore[method-assign]
+
+
 class Slowly:
     """Makes every layer of the engine wait."""
 

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 from made_documents import HOSTILE_PDFS, docx_of, epub_of, pdf_of, zip_of
-from serving import HELLO, NAME, serving, wait_until
+from serving import HELLO, NAME, client_of, serving, wait_until
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
@@ -47,7 +47,7 @@ def url(engine: Engine, folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str, folder: Path) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as result:
+    with client_of(url) as result:
         yield result
         for file in result.files.list():
             result.files.delete(file.id)

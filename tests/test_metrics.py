@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Held, Slowly, server, serving, wait_until
+from serving import Held, Slowly, failing, server, serving, wait_until
 
 from zen_turbo import LLM
 from zen_turbo.engine.engine import Engine
@@ -147,14 +147,8 @@ def test_reasons_of_refusal(engine: Engine) -> None:
 
 def test_aborted_and_failed_requests_count_as_such(engine: Engine) -> None:
     with server(engine) as client:
-        begin = engine.decoder.begin
-
-        def faulty(*args: Any, **kwargs: Any) -> Any:
-            raise RuntimeError("no")
-
-        engine.decoder.begin = faulty  # type: ignore[method-assign]
-        assert client.post(CHAT, json=body("This fails.")).status_code == 500
-        engine.decoder.begin = begin  # type: ignore[method-assign]
+        with failing(engine):
+            assert client.post(CHAT, json=body("This fails.")).status_code == 500
         with Slowly(engine, 0.01), client.stream("POST", CHAT, json=body("This is left. " * 30, stream=True, max_tokens=3000)) as answer:
             for line in answer.iter_lines():
                 if '"content":"' in line and '"content":""' not in line:

@@ -11,7 +11,7 @@ import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel
-from serving import NAME
+from serving import NAME, failing
 from test_tools import TOOL_LIST, WEATHER, biased, client, engine
 
 from zen_turbo.engine.engine import Engine
@@ -140,16 +140,8 @@ def test_async(client: openai.OpenAI) -> None:
 
 
 def test_a_fault_ends_a_stream_as_failed(client: openai.OpenAI, engine: Engine) -> None:
-    begin = engine.decoder.begin
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("/secret/path")
-
-    engine.decoder.begin = faulty  # type: ignore[method-assign]
-    try:
+    with failing(engine):
         last = list(respond(client, stream=True))[-1]
-    finally:
-        engine.decoder.begin = begin  # type: ignore[method-assign]
     assert (last.type, last.response.status, last.response.error.code) == ("response.failed", "failed", "internal_error")
     assert "secret" not in str(last)
 

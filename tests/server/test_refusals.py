@@ -12,7 +12,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import HELLO, NAME, chat, refused
+from serving import HELLO, NAME, chat, failing, refused
 
 from zen_turbo.engine.engine import Engine
 from zen_turbo.server.completions import CompletionRequest
@@ -189,17 +189,9 @@ def test_what_is_not_http_as_we_know_it(url: str) -> None:
 
 
 def test_a_fault_inside_says_nothing_of_the_inside(client: openai.OpenAI, engine: Engine) -> None:
-    begin = engine.decoder.begin
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("/secret/path")
-
-    engine.decoder.begin = faulty  # type: ignore[method-assign]
-    try:
+    with failing(engine):
         body = refused(client, openai.InternalServerError)
         with pytest.raises(openai.APIError, match="Internal error"):
             list(chat(client, stream=True))
-    finally:
-        engine.decoder.begin = begin  # type: ignore[method-assign]
     assert (body["code"], body["type"]) == ("internal_error", "server_error") and "secret" not in str(body)
     assert chat(client).choices[0].message.content is not None
