@@ -35,7 +35,7 @@ KINDS = {
 }
 MEASURES = {"kl": "mean KL to dense, nats per token", "recall_mean": "share of exact attention mass kept"}
 RETRIEVAL = {
-    "adaptive": [f"retrieval_*k_{preset}.json" for preset in PRESETS],
+    "adaptive": [f"retrieval_[0-9]*k_{preset}.json" for preset in PRESETS],
     "one share for all heads": ["frontier/retrieval_uniform_*.json"],
     **{name: [f"frontier/retrieval_{name}_*.json"] for name in RIVALS},
 }
@@ -76,7 +76,7 @@ def points_of(record: Row) -> dict[int, list[float]]:
 
 def retrieval() -> dict[int, dict[str, list[Row]]]:
     """By length and kind: density, and the mean difference to dense attention on the same questions."""
-    dense = {length: points for path in RESULTS.glob("retrieval_*k_dense.json") for length, points in points_of(read_json(path)).items()}
+    dense = {length: points for path in RESULTS.glob("retrieval_[0-9]*k_dense.json") for length, points in points_of(read_json(path)).items()}
     found: dict[int, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for kind, patterns in RETRIEVAL.items():
         for path in (path for pattern in patterns for path in sorted(RESULTS.glob(pattern))):

@@ -248,7 +248,8 @@ def retrieval_table(lengths: tuple[int, ...] = (32768, 131072)) -> str:
     """Points of every preset and of dense attention on the same questions, of all seeds that both have records of."""
 
     def answers(name: str) -> list[dict[str, typing.Any]]:
-        return [{"score": score} for row in rows(name) for score in row["scores"]]
+        every = [(row["scores"], row.get("log_probabilities") or [None] * row["n"]) for row in rows(name)]
+        return [{"score": score, "log_probability": log} for pair in every for score, log in zip(*pair, strict=True)]
 
     lines = []
     asked = [*((f"`--preset {preset}`", "", preset) for preset in PRESETS), ("`--attention dense --kv-dtype int8`", "int8_", "dense")]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from zen_turbo import LLM
+from zen_turbo.engine.request import SamplingParams
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.evals import retrieval
 from zen_turbo.evals.retrieval_prompt import TASKS, Context, Question, make_context, score
@@ -88,13 +90,36 @@ def test_questions_are_dealt_out_to_as_few_contexts_as_can_be(tiny_folder: Path)
 
 
 def test_differences_are_paired() -> None:
-    def rows(scores: list[float]) -> list[dict[str, object]]:
-        return [
-            {"score": value, "prompt_tokens": 100, "cached_tokens": 90 * (number > 0), "density": 0.5, "recall": 0.9, "ttft_s": 1.0}
-            for number, value in enumerate(scores)
-        ]
+    def rows(scores: list[float], probabilities: list[float | None]) -> list[dict[str, object]]:
+        logs = [None if value is None else math.log(value) for value in probabilities]
+        return [{"score": value, "log_probability": log} for value, log in zip(scores, logs, strict=True)]
 
-    found = retrieval.summarise(rows([1, 0, 1, 0]), rows([1, 1, 1, 0]))
+    mine, dense = rows([1, 0, 1, 0], [0.5, 0.2, 0.75, 0.1]), rows([1, 1, 1, 0], [0.5, 0.4, 0.75, 0.1])
+    found = retrieval.summarise(mine, dense)
     assert (found["n"], found["score"], found["versus_dense"]) == (4, 50, -25)
     assert found["standard_error"] == pytest.approx(25)
-    assert retrieval.summarise(rows([1, 0]), None)["versus_dense"] is None
+    assert [found[name] for name in retrieval.SCORED[3:]] == pytest.approx([38.75, -5, 5])
+    assert found["log_probabilities"] == [row["log_probability"] for row in mine]
+    alone = retrieval.summarise(mine[:2], None)
+    assert alone["versus_dense"] is None and alone["probability"] == pytest.approx(35) and alone["probability_versus_dense"] is None
+    several = retrieval.summarise(rows([1, 0], [0.5, None]), dense[:2])
+    assert several["versus_dense"] == -50 and several["probability"] is None and several["probability_versus_dense"] is None
+
+
+def test_the_probability_of_the_right_answer_is_that_of_its_tokens(tiny_folder: Path) -> None:
+    llm = LLM(tiny_folder, kv_cache_bytes=16 << 20, max_model_len=4096)
+    (context,) = {item.text for item in retrieval.questions_of(llm.engine, [2000], TASKS, num_questions=6, text="code")[2000]}
+    asked = dict(enumerate(retrieval.questions_of(llm.engine, [2000], TASKS, num_questions=6, text="code")[2000]))
+    rows = retrieval.ask(llm, 2000, asked)
+    assert [row["log_probability"] is None for row in rows] == [row["task"] == "multivalue" for row in rows]
+    for number, one in asked.items():
+        if rows[number]["log_probability"] is None:
+            continue
+        said = retrieval.messages(context, one.question.text, one.question.begin)
+        prompt = llm.engine.chat_template.encode(said, add_generation_prompt=False, continue_final_message=True)
+        answer = llm.engine.tokenizer.encode_continuation(f" {one.question.answers[0]}")
+        whole = llm.generate([*prompt, *answer], SamplingParams(max_tokens=0, prompt_logprobs=0))
+        assert whole.prompt_logprobs is not None
+        expected = sum(token.logprob for token in whole.prompt_logprobs[-len(answer) :])
+        assert rows[number]["log_probability"] == pytest.approx(expected, abs=0.05), "bf16, one by one and all at once"
+    llm.engine.close()

@@ -6,12 +6,17 @@ standard error is that of the paired differences.
 
 A context comes first and is read once for each policy; a question costs its own tokens and the prompt's end. Answers are greedy, and decoded
 together, which changes none of them.
+
+A score says right or wrong, so hundreds of questions cannot tell half a point from one. Where one answer is right, its probability is asked for
+too: a grammar forces it over the same pages. It is in points as well, what would be scored on average were the tokens of an answer drawn, and it
+moves where an answer is nearly lost or nearly found.
 Every finished answer is kept in a journal per policy beside ``--output``, so an interrupted run continues.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +29,8 @@ from zen_turbo.bench.report import Experiment, Row
 from zen_turbo.bench.text import read_tokens
 from zen_turbo.config import EngineConfig
 from zen_turbo.engine.engine import Engine
-from zen_turbo.engine.request import SamplingParams
+from zen_turbo.engine.guidance import literal
+from zen_turbo.engine.request import Event, SamplingParams, TokenDelta
 from zen_turbo.errors import ConfigurationError
 from zen_turbo.evals.journal import Journal
 from zen_turbo.evals.retrieval_prompt import GENERATOR_VERSION, TASKS, Question, make_context, score
@@ -35,7 +41,9 @@ MAX_NEW_TOKENS = {"multikey": 16, "multivalue": 64, "kv": 48}
 MOST_FACTS = 17  # of each task in a context: with more, a small model finds too little for a comparison
 TOGETHER = 16  # questions about a context that is known
 MOST_CONTEXTS = 1000  # of a seed
-COLUMNS = ("task", "length", "attention", "preset", "n", "score", "versus_dense", "standard_error", "density", "recall", "read_s")
+ROW_VERSION = 2  # of the journal: 2 has log_probability
+SCORED = ("score", "versus_dense", "standard_error", "probability", "probability_versus_dense", "probability_standard_error")
+COLUMNS = ("task", "length", "attention", "preset", "n", *SCORED, "density", "recall", "read_s")
 
 
 class Item(NamedTuple):
@@ -103,6 +111,7 @@ def ask(llm: LLM, length: int, asked: Mapping[int, Asked]) -> list[Row]:
         assert len(prompts[-1]) + max_tokens <= length, f"{len(prompts[-1])} tokens were made for a prompt of {length}"
     with prefill_bar(f"{length} tokens") as on_event:
         outputs = llm.generate_many(prompts, samplings, on_event=lambda number, event: None if number else on_event(event))
+    found = log_probabilities(llm, prompts, [one.question for one in asked.values()])
     return [
         {
             **Item(length, number)._asdict(),
@@ -113,25 +122,54 @@ def ask(llm: LLM, length: int, asked: Mapping[int, Asked]) -> list[Row]:
             "expected": list(one.question.answers),
             "answer": output.text,
             "score": score(output.text, one.question),
+            "log_probability": log_probability,
             "ttft_s": output.metrics.ttft_s,
             "density": output.metrics.density,
             "recall": output.metrics.recall,
         }
-        for (number, one), output in zip(asked.items(), outputs, strict=True)
+        for (number, one), output, log_probability in zip(asked.items(), outputs, found, strict=True)
     ]
 
 
+def log_probabilities(llm: LLM, prompts: Sequence[Sequence[int]], questions: Sequence[Question]) -> list[float | None]:
+    """Natural logarithm of the probability with which the model goes on with a space and the answer after each prompt, were its tokens drawn at
+    temperature 1; None where several answers are right, in whatever order."""
+    asked = [number for number, question in enumerate(questions) if len(question.answers) == 1]
+    sums = dict.fromkeys(asked, 0.0)
+
+    def add(number: int, event: Event) -> None:
+        if isinstance(event, TokenDelta):
+            sums[asked[number]] += sum(token.logprob for token in event.logprobs)
+
+    # The grammar leaves one text, of which the logarithms know nothing: they are of the model's own distribution.
+    samplings = [
+        SamplingParams(
+            temperature=0.0, max_tokens=MAX_NEW_TOKENS[question.task], logprobs=0, grammar=f"start: {literal(' ' + question.answers[0])}"
+        )
+        for question in (questions[number] for number in asked)
+    ]
+    outputs = llm.generate_many([prompts[number] for number in asked], samplings, on_event=add)
+    assert all(output.finish_reason == "stop" for output in outputs), "an answer has more tokens than there is room for"
+    return [sums.get(number) for number in range(len(questions))]
+
+
 def summarise(answers: Sequence[Row], dense: Sequence[Row] | None) -> Row:
-    """answers: one task, length and policy, by question; dense: the same questions, or None where dense was not asked."""
-    scores = [row["score"] for row in answers]
-    differences = [100 * (row["score"] - other["score"]) for row, other in zip(answers, dense, strict=True)] if dense else []
-    return {
-        "n": len(scores),
-        "score": 100 * statistics.fmean(scores),
-        "versus_dense": statistics.fmean(differences) if differences else None,
-        "standard_error": statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None,
-        "scores": scores,
-    }
+    """answers: one task, length and policy, by question; dense: the same questions, or None where dense was not asked. SCORED is in points of
+    100; None stands where there is no dense attention, or a question has several right answers and so no probability."""
+
+    def paired(mine: Sequence[float], others: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+        differences = [100 * (one - other) for one, other in zip(mine, others, strict=True)] if mine and others else []
+        error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+        return 100 * statistics.fmean(mine) if mine else None, statistics.fmean(differences) if differences else None, error
+
+    def probabilities(rows: Sequence[Row]) -> list[float]:
+        logarithms = [row["log_probability"] for row in rows]
+        return [] if None in logarithms else [math.exp(each) for each in logarithms]
+
+    scores, others = ([row["score"] for row in rows] for rows in (answers, dense or ()))
+    values = (*paired(scores, others), *paired(probabilities(answers), probabilities(dense or ())))
+    found = dict(zip(SCORED, values, strict=True))
+    return {"n": len(scores), **found, "scores": scores, "log_probabilities": [row["log_probability"] for row in answers]}
 
 
 def config_of(config: EngineConfig, policy: str) -> EngineConfig:
@@ -175,7 +213,7 @@ def run(
         presets[policy] = preset_of(llm.engine)
         facts = engine_facts(llm.engine)
         experiment.settings[policy] = facts
-        key = {"eval": "retrieval", **asked, **facts}
+        key = {"eval": "retrieval", "row_version": ROW_VERSION, **asked, **facts}
         path = output.with_name(f"{output.name}.{policy.replace(':', '_')}.rows.jsonl") if output else None
         with Journal(path, key, Item._fields, commit=experiment.git["commit"] if experiment.git else None) as journal:
             answers[policy] = {length: _answers(experiment, llm, policy, length, asked, journal) for length, asked in made.items()}
