@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from zen_turbo.bench.corpora import NAMES
 from zen_turbo.config import PRESETS
 from zen_turbo.evals.heatmap import length_text, read_json
+from zen_turbo.evals.retrieval import answers_of, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -34,6 +35,10 @@ KINDS = {
     **{name: [f"frontier/{name}_*.json"] for name in RIVALS},
 }
 MEASURES = {"kl": "mean KL to dense, nats per token", "recall_mean": "share of exact attention mass kept"}
+ASKED = {
+    "versus_dense": "retrieval: points of 100 against dense",
+    "probability_versus_dense": "probability of the right answer, times 100, against dense",
+}
 RETRIEVAL = {
     "adaptive": [f"retrieval_[0-9]*k_{preset}.json" for preset in PRESETS],
     "one share for all heads": ["frontier/retrieval_uniform_*.json"],
@@ -66,26 +71,17 @@ def fidelity() -> dict[int, dict[str, list[Row]]]:
     return {length: kinds for length, kinds in points.items() if kinds}
 
 
-def points_of(record: Row) -> dict[int, list[float]]:
-    """Of a record of ``eval retrieval``, by length: the points of every question, of 100."""
-    found: dict[int, list[float]] = defaultdict(list)
-    for row in record["rows"]:
-        found[row["length"]] += [100 * score for score in row["scores"]]
-    return found
-
-
 def retrieval() -> dict[int, dict[str, list[Row]]]:
-    """By length and kind: density, and the mean difference to dense attention on the same questions."""
-    dense = {length: points for path in RESULTS.glob("retrieval_[0-9]*k_dense.json") for length, points in points_of(read_json(path)).items()}
+    """By length and kind: density, and the mean differences to dense attention on the same questions."""
+    dense = {length: rows for path in RESULTS.glob("retrieval_[0-9]*k_dense.json") for length, rows in answers_of(read_json(path)).items()}
     found: dict[int, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for kind, patterns in RETRIEVAL.items():
         for path in (path for pattern in patterns for path in sorted(RESULTS.glob(pattern))):
             record = read_json(path)
             density = {row["length"]: row["density"] for row in record["rows"]}
-            for length, points in points_of(record).items():
+            for length, answers in answers_of(record).items():
                 if length in dense:
-                    lost = fmean(mine - other for mine, other in zip(points, dense[length], strict=True))
-                    found[length][kind].append({"density": density[length], "points": lost})
+                    found[length][kind].append({"density": density[length], **summarise(answers, dense[length])})
     return found
 
 
@@ -109,19 +105,19 @@ def main() -> None:
     asked = {length: kinds for length, kinds in retrieval().items() if length in points and len(kinds) == len(RETRIEVAL)}
     if not points:
         raise SystemExit(f"There are no records in {RESULTS}.")
-    num_rows = len(MEASURES) + bool(asked)
-    figure = Figure(figsize=(5.5 * len(points), 4.2 * num_rows), layout="constrained")
-    panels = figure.subplots(num_rows, len(points), squeeze=False)
-    for row, (key, label) in zip(panels[: len(MEASURES)], MEASURES.items(), strict=True):
-        for axes, (length, kinds) in zip(row, points.items(), strict=True):
+    measures = MEASURES | (ASKED if asked else {})
+    figure = Figure(figsize=(5.5 * len(points), 4.2 * len(measures)), layout="constrained")
+    panels = figure.subplots(len(measures), len(points), squeeze=False)
+    for row, (key, label) in zip(panels, measures.items(), strict=True):
+        for axes, length in zip(row, points, strict=True):
+            kinds = asked.get(length) if key in ASKED else points[length]
+            if kinds is None:
+                axes.set_axis_off()
+                continue
             draw(axes, kinds, key, length=length, label=label)
+            if key in ASKED:
+                axes.axhline(0, color="#888888", linewidth=0.8)
             axes.set_yscale("log" if key == "kl" else "linear")
-    for axes, length in zip(panels[-1] if asked else (), points, strict=bool(asked)):
-        if length not in asked:
-            axes.set_axis_off()
-            continue
-        draw(axes, asked[length], "points", length=length, label="retrieval: points of 100 against dense")
-        axes.axhline(0, color="#888888", linewidth=0.8)
     figure.savefig(ROOT / "docs" / "images" / "frontier.svg", metadata={"Date": None})
 
 

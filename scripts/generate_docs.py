@@ -1,4 +1,5 @@
-"""Writes what is derived: from code docs/cli.md, docs/configuration.md, docs/errors.md and docs/rooms.md, from results/ a table in README.md.
+"""Writes what is derived: from code docs/cli.md, docs/configuration.md, docs/errors.md and docs/rooms.md, from results/
+docs/results.md and a table in README.md.
 
     .venv/bin/python scripts/generate_docs.py
 
@@ -21,7 +22,7 @@ from zen_turbo import errors
 from zen_turbo.cli import DEBUG_ENVIRONMENT, app
 from zen_turbo.config import PRESETS, EngineConfig, flag_of
 from zen_turbo.evals.heatmap import length_text, read_json
-from zen_turbo.evals.retrieval import summarise
+from zen_turbo.evals.retrieval import answers_of, summarise
 from zen_turbo.models.catalogue import CACHE_ENVIRONMENT
 from zen_turbo.native import ISA_ENVIRONMENT, ISAS
 from zen_turbo.server.keys import KEY_ENVIRONMENT
@@ -38,6 +39,7 @@ def pages() -> dict[str, str]:
         "docs/configuration.md": HEAD + configuration_page(),
         "docs/errors.md": HEAD + errors_page(),
         "docs/rooms.md": HEAD + rooms_page(),
+        "docs/results.md": HEAD.replace("the code", "results/*.json") + results_page(),
         "README.md": readme_page(),
     }
 
@@ -193,7 +195,25 @@ def readme_page() -> str:
     text = (ROOT / "README.md").read_text()
     begin, end = "<!-- results: written by scripts/generate_docs.py from results/*.json -->\n", "<!-- /results -->"
     before, rest = text.split(begin)
-    return before + begin + results_table() + "\n" + presets_table() + "\n" + far_table() + "\n" + retrieval_table() + end + rest.split(end)[1]
+    return before + begin + results_table({key: line for key, line in claims().items() if key in HEADLINES}) + end + rest.split(end)[1]
+
+
+def results_page() -> str:
+    """Everything that README's table is a part of, and what each preset keeps."""
+    return (
+        "# Results\n\nEvery number is computed from the record that its line names"
+        + " ([how they are made](benchmarks.md), [what was tried](LOG.md)).\n\n"
+        + results_table(claims(), of_presets=True)
+        + "\n## Presets at 32K tokens\n\n"
+        + presets_table()
+        + "\n## Presets at 128K tokens\n\n"
+        + far_table()
+        + "\n## Facts among facts that look alike\n\n"
+        + retrieval_table()
+    )
+
+
+Answer = dict[str, typing.Any]
 
 
 def rows(name: str) -> list[dict[str, typing.Any]]:
@@ -245,37 +265,55 @@ def far_table(length: int = 131072) -> str:
 
 
 def retrieval_table(lengths: tuple[int, ...] = (32768, 131072)) -> str:
-    """Points of every preset and of dense attention on the same questions, of all seeds that both have records of."""
+    """Points of every preset and of dense attention on the same questions, of all seeds that both have records of, and probabilities of the right
+    answer from those records that have them."""
 
-    def answers(name: str) -> list[dict[str, typing.Any]]:
-        every = [(row["scores"], row.get("log_probabilities") or [None] * row["n"]) for row in rows(name)]
-        return [{"score": score, "log_probability": log} for pair in every for score, log in zip(*pair, strict=True)]
+    def cell(records: list[tuple[list[Answer], list[Answer]]], kind: str) -> str:
+        key, prefix = ("score", "") if kind == "score" else ("log_probability", "probability_")
+        pairs = [pair for sides in records for pair in zip(*sides, strict=True) if all(row[key] is not None for row in pair)]
+        if not pairs:
+            return ""
+        mine, dense = zip(*pairs, strict=True)
+        found = summarise(mine, dense)
+        difference, error = (found[f"{prefix}{name}"] for name in ("versus_dense", "standard_error"))
+        return f"{found[kind]:.1f}, {summarise(dense, None)[kind]:.1f}; {difference:+.1f} ± {error:.1f} ({len(pairs)})"
 
     lines = []
     asked = [*((f"`--preset {preset}`", "", preset) for preset in PRESETS), ("`--attention dense --kv-dtype int8`", "int8_", "dense")]
     for what, prefix, name in asked:
-        cells = []
+        records: dict[int, list[tuple[list[Answer], list[Answer]]]] = {length: [] for length in lengths}
         for length in lengths:
-            mine, dense = [], []
             for path in sorted((ROOT / "results").glob(f"retrieval_{length // 1024}k*_dense.json")):
-                other = path.name.replace("retrieval_", f"retrieval_{prefix}").replace("_dense.json", f"_{name}.json")
-                if (path.parent / other).exists():
-                    mine += answers(other)
-                    dense += answers(path.name)
-            if not mine:
-                cells.append("")
-                continue
-            found = summarise(mine, dense)
-            points = f"{found['score']:.1f}, {summarise(dense, None)['score']:.1f}"
-            cells.append(f"{points}; {found['versus_dense']:+.1f} ± {found['standard_error']:.1f} ({found['n']})")
-        lines.append((what, *cells))
-    header = ("", *(f"{length_text(length)}: points of 100, of dense attention; difference ± its standard error (questions)" for length in lengths))
-    caption = "\nFacts that are hidden in code among a hundred that look alike (`retrieval_*.json`), of which this model itself finds few.\n"
+                other = path.with_name(path.name.replace("retrieval_", f"retrieval_{prefix}").replace("_dense.json", f"_{name}.json"))
+                if other.exists():
+                    records[length].append((answers_of(read_json(other))[length], answers_of(read_json(path))[length]))
+        lines.append((what, *(cell(records[length], "score") for length in lengths), cell(records[lengths[0]], "probability")))
+    header = (
+        "",
+        *(f"{length_text(length)}: points of 100, of dense attention; difference ± its standard error (questions)" for length in lengths),
+        f"{length_text(lengths[0])}: probability of the right answer, where there is one, times 100",
+    )
+    caption = (
+        "\nFacts that are hidden in code among a hundred that look alike (`retrieval_*.json`), of which this model itself finds few. Right or wrong"
+        " is coarse: what is right at a probability of 4 % is wrong at the next change of a bit. So the probabilities say more.\n"
+    )
     return table(header, lines) + caption
 
 
-def results_table() -> str:
-    """What the records say, one line a claim, with the record that backs it."""
+class Claim(typing.NamedTuple):
+    """record: file names below results/, parted by commas; * stands for several."""
+
+    what: str
+    result: str
+    record: str
+
+
+# What README has of ``claims``.
+HEADLINES = ("million", "million questions", "million against dense", "default questions", "default", "passkeys", "llama.cpp", "transformers")
+
+
+def claims() -> dict[str, Claim]:
+    """What the records say, a line each."""
 
     def joined(values: list[str]) -> str:
         return ", ".join([*values[:-2], " and ".join(values[-2:])])
@@ -308,32 +346,42 @@ def results_table() -> str:
     whole = [row for row in marginal if row["length"] == marginal[-1]["length"]]
     depths = joined([f"{row['depth']:g}" for row in millions])
     tokens = {way: [row for row in rows("decode_1m_code_turbo.json") if row["attention"] == way] for way in ("sparse", "dense")}
-    default = [row for row in rows(f"decode_1000_code_{EngineConfig().preset}.json") if row["attention"] == "sparse"]
+    preset = EngineConfig().preset
+    default = [row for row in rows(f"decode_1000_code_{preset}.json") if row["attention"] == "sparse"]
     contexts = joined([f"{row['context']:,}" for row in default])
-    lines = [
-        (
+    first, dense_first = (next(row for row in rows(f"prefill_{name}.json") if row["length"] == 32768) for name in (preset, "dense"))
+    kept = [rows(f"fidelity_32k_{text}_{preset}.json")[0] for text in ("code", "qa", "novel")]
+    return {
+        "million": Claim(
             f"Passkey at {depths} % of {million['length']:,} tokens (sparse prefill, preset turbo, 8-bit KV pages): minutes to the first token,"
             " over the linear layers alone, block pairs read, peak memory",
             f"{sum(row['correct'] for row in millions)} of {len(millions)} found: {million['ttft_s'] / 60:.0f} min,"
             f" {million['ttft_s'] / million['linear_floor_s']:.2f}x, {million['density']:.2%}, {million['peak_rss_gib']:.1f} GiB",
             ", ".join(longest_records),
         ),
-        (
+        "million questions": Claim(
             "1,000,000 tokens of code with the same settings: first question, another one, the first one after a restart",
             questions("reuse_1m.json", 1000000),
             "reuse_1m.json",
         ),
-        (
+        "default questions": Claim(
             "131,072 tokens of code with the default preset: the same three",
             questions("reuse_128k_balanced.json", 131072),
             "reuse_128k_balanced.json",
         ),
-        (
+        "default": Claim(
+            f"{first['length']:,} tokens of code with the default preset: first token, against dense attention; the same next token as dense"
+            " attention in code, encyclopedic text and a novel",
+            f"{first['ttft_s']:.0f} s, {dense_first['ttft_s'] / first['ttft_s']:.2f}x;"
+            f" {joined([format(row['top1_agreement'], '.1%') for row in kept])}",
+            f"prefill_dense.json, prefill_{preset}.json, fidelity_32k_*_{preset}.json",
+        ),
+        "turbo": Claim(
             f"{far['length']:,} tokens of code read with the preset turbo: against dense attention, and over the bf16 linear layers alone",
             f"{far['read_s']:.0f} s, {far['speedup']:.1f}x, {far['floor_ratio']:.2f}x",
             "marginal_128k_turbo.json",
         ),
-        (
+        "million against dense": Claim(
             f"{whole[0]['length']:,} tokens of code with 8-bit KV pages, presets {joined([row['preset'] for row in whole])}: against dense attention,"
             " minutes, over the linear layers alone, block pairs read (dense attention and the last two presets added up from measured"
             " chunks)",
@@ -342,7 +390,7 @@ def results_table() -> str:
             ),
             "marginal_1m_turbo.json",
         ),
-        (
+        "tokens": Claim(
             "A token of an answer after 4,096, 131,072 and 1,000,000 tokens of code, with the settings of the first line; every page read",
             ", ".join(f"{row['tpot_ms']:.0f}" for row in tokens["sparse"])
             + " ms; "
@@ -350,85 +398,94 @@ def results_table() -> str:
             + " ms",
             "decode_1m_code_turbo.json",
         ),
-        (
+        "default tokens": Claim(
             f"The same with the default preset and 8-bit KV pages after {contexts} tokens; places of 1,000 in which the"
             " next token is that of reading every page",
             ", ".join(f"{row['tpot_ms']:.0f}" for row in default) + f" ms; {default[-1]['top1_agreement']:.1%}",
-            f"decode_1000_code_{EngineConfig().preset}.json",
+            f"decode_1000_code_{preset}.json",
         ),
-        (
+        "reading": Claim(
             f"A short question while {while_reading['long_tokens']:,} tokens are being read: first token, 95th percentile",
             f"{while_reading['ttft_p95_s']:.1f} s",
             "serve.json",
         ),
-        (
+        "page": Claim(
             f"A novel of {megabytes:.0f} MB on the web page, {page['first']['prompt_tokens']:,} tokens: first words of an answer, of the next one",
             f"{page['first']['first_words_s'] / 60:.0f} min, {page['follow_up']['first_words_s']:.1f} s",
             "page_novel.json",
         ),
-        (
+        "load": Claim(
             f"{load['clients']} clients at once for {load['minutes']:g} minutes, some of whom leave: "
             "requests; lost, failed, mixed up; memory afterwards",
             f"{load['requests']}; {load['lost']}, {load['errors']}, {load['mixed_up']}; {load['rss_growth_mib']:+.0f} MiB",
             "serve_load.json",
         ),
-        (
+        "passkeys": Claim(
             f"Passkey found with the preset turbo in prompts of 4K to {length_text(near[-1]['length'])} tokens, eleven depths, and of"
             f" {joined([length_text(length) for length in sorted({row['length'] for row in farther})])}, five each",
             f"{sum(row['correct'] for row in [*near, *farther])} of {len(near) + len(farther)}",
             "passkey_turbo.json, passkey_turbo_128k.json, passkey_turbo_256k.json, passkey_turbo_512k.json",
         ),
-        (
+        "dense passkeys": Claim(
             f"The same with dense attention, 4K to {longest} tokens (the model was trained on 32K)",
             f"{found} of {len(passkey)}",
             "passkey_dense*.json",
         ),
-        (
+        "other passkeys": Claim(
             f"And with each of the presets balanced and faithful, 4K to {length_text(faithful[-1]['length'])} tokens, and balanced at"
             f" {length_text(balanced[-1]['length'])}, five depths",
             f"{sum(row['correct'] for row in [*balanced, *faithful])} of {len(balanced) + len(faithful)}",
             "passkey_balanced.json, passkey_balanced_128k.json, passkey_faithful.json",
         ),
-        (
+        "llama.cpp": Claim(
             f"Time to first token against llama.cpp's best setting, {joined([length_text(row['length']) for row in peers])} tokens",
             joined([f"{row['ratio']:.1f}x" for row in peers]) + " faster",
             "llama_cpp.json",
         ),
-        (
+        "avx2": Claim(
             f"A CPU with AVX2 alone: first token after {narrow['dense']['length']:,} tokens of code with dense attention, the presets"
             f" {joined([*narrow][1:])}",
             joined([f"{row['ttft_s'] / 60:.1f}" for row in narrow.values()])
             + f" min; {joined([format(narrow['dense']['ttft_s'] / row['ttft_s'], '.1f') + 'x' for name, row in narrow.items() if name != 'dense'])}",
             ", ".join(f"prefill_{name}_avx2.json" for name in narrow),
         ),
-        (
+        "kernel": Claim(
             f"Attention kernel, share of the machine's bf16 GEMM peak, head_dim {joined([str(row['head_dim']) for row in kernel])}",
             joined([f"{row['vs_gemm']:.0%}" for row in kernel]),
             "attention.json",
         ),
-        (
+        "sdpa": Claim(
             f"The same against torch's scaled_dot_product_attention ({joined([format(r['gemm_gflops'] / r['sdpa_gflops'], '.1f') for r in kernel])}x"
             " would be the GEMM peak)",
             joined([f"{row['vs_sdpa']:.1f}x" for row in kernel]),
             "attention.json",
         ),
-        ("Share of an 8K prefill that is spent in GEMM and the attention kernel", f"{at_8k['gemm_attend_share']:.0%}", "prefill_dense.json"),
-        (
+        "share": Claim(
+            "Share of an 8K prefill that is spent in GEMM and the attention kernel",
+            f"{at_8k['gemm_attend_share']:.0%}",
+            "prefill_dense.json",
+        ),
+        "transformers": Claim(
             "Greedy continuations of 64 tokens identical to transformers on the same weights (fp32, two models)",
             f"{identical} of {len(greedy)}",
             "transformers.json",
         ),
-    ]
-    records = [name for *_, names in lines if "*" not in names for name in names.split(", ")]
-    tables = [f"prefill_{name}.json" for name in ("dense", *PRESETS)] + [f"fidelity_128k_code_{preset}.json" for preset in PRESETS]
-    timed = dict.fromkeys(records + tables)
+    }
+
+
+def results_table(lines: dict[str, Claim], *, of_presets: bool = False) -> str:
+    """Claims, and the machines that made their records; with ``of_presets`` those of the tables of presets, too."""
+    records = [name for claim in lines.values() for name in claim.record.split(", ") if "*" not in name]
+    if of_presets:
+        records += [f"prefill_{name}.json" for name in ("dense", *PRESETS)] + [f"fidelity_128k_code_{preset}.json" for preset in PRESETS]
     machines: dict[str, list[str]] = {}
-    for name in timed:
+    for name in dict.fromkeys(records):
         machine = read_json(ROOT / "results" / name)["machine"]
         machines.setdefault(f"{machine['cores']} cores of an {machine['cpu']}", []).append(f"`{name}`")
     on = "; ".join(f"on {machine}: {', '.join(names)}" for machine, names in machines.items())
     caption = f"\nMeasured without a GPU, with the default model (0.5B), {on}.\n"
-    return table(("what", "result", "record"), [(what, result, f"`{record.replace(', ', '`, `')}`") for what, result, record in lines]) + caption
+    cells = [(claim.what, claim.result, f"`{claim.record.replace(', ', '`, `')}`") for claim in lines.values()]
+    return table(("what", "result", "record"), cells) + caption
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from zen_turbo.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "deploy/README.md")), *sorted((ROOT / "docs").glob("*.md"))]
-GENERATED = ("README.md", "docs/cli.md", "docs/configuration.md", "docs/errors.md", "docs/rooms.md")
+GENERATED = ("README.md", "docs/cli.md", "docs/configuration.md", "docs/errors.md", "docs/results.md", "docs/rooms.md")
 
 
 def generator() -> ModuleType:

@@ -102,8 +102,18 @@ def test_differences_are_paired() -> None:
     assert found["log_probabilities"] == [row["log_probability"] for row in mine]
     alone = retrieval.summarise(mine[:2], None)
     assert alone["versus_dense"] is None and alone["probability"] == pytest.approx(35) and alone["probability_versus_dense"] is None
-    several = retrieval.summarise(rows([1, 0], [0.5, None]), dense[:2])
-    assert several["versus_dense"] == -50 and several["probability"] is None and several["probability_versus_dense"] is None
+    several = retrieval.summarise(rows([1, 0], [0.5, None]), rows([1, 1], [0.25, None]))
+    assert (several["versus_dense"], several["probability"], several["probability_versus_dense"]) == (-50, 50, 25)
+    none = retrieval.summarise(rows([1, 0], [None, None]), rows([1, 1], [None, None]))
+    assert (none["versus_dense"], none["probability"], none["probability_versus_dense"]) == (-50, None, None)
+
+
+def test_a_record_gives_its_answers_back() -> None:
+    answers = [{"score": 1.0, "log_probability": -0.5}, {"score": 0.0, "log_probability": None}]
+    row = {"task": "kv", "length": 4096, **retrieval.summarise(answers, None)}
+    assert retrieval.answers_of({"rows": [row, {**row, "length": 8192}, row]}) == {4096: answers * 2, 8192: answers}
+    del row["log_probabilities"]
+    assert [each["log_probability"] for each in retrieval.answers_of({"rows": [row]})[4096]] == [None, None], "a record of before they were there"
 
 
 def test_the_probability_of_the_right_answer_is_that_of_its_tokens(tiny_folder: Path) -> None:

@@ -154,22 +154,31 @@ def log_probabilities(llm: LLM, prompts: Sequence[Sequence[int]], questions: Seq
 
 
 def summarise(answers: Sequence[Row], dense: Sequence[Row] | None) -> Row:
-    """answers: one task, length and policy, by question; dense: the same questions, or None where dense was not asked. SCORED is in points of
-    100; None stands where there is no dense attention, or a question has several right answers and so no probability."""
+    """answers: of one length and policy, by question; dense: the same questions, or None where dense was not asked. SCORED is in points of 100,
+    of probabilities over those questions that have one on both sides; None where there is nothing to compare."""
 
-    def paired(mine: Sequence[float], others: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-        differences = [100 * (one - other) for one, other in zip(mine, others, strict=True)] if mine and others else []
+    def paired(mine: Sequence[float], others: Sequence[float] = ()) -> tuple[float | None, float | None, float | None]:
+        differences = [100 * (one - other) for one, other in zip(mine, others, strict=True)] if others else []
         error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
         return 100 * statistics.fmean(mine) if mine else None, statistics.fmean(differences) if differences else None, error
 
-    def probabilities(rows: Sequence[Row]) -> list[float]:
-        logarithms = [row["log_probability"] for row in rows]
-        return [] if None in logarithms else [math.exp(each) for each in logarithms]
+    rows = (answers,) if dense is None else (answers, dense)
+    points = [[row["score"] for row in each] for each in rows]
+    both = [number for number, pair in enumerate(zip(*rows, strict=True)) if all(row["log_probability"] is not None for row in pair)]
+    probabilities = [[math.exp(each[number]["log_probability"]) for number in both] for each in rows]
+    found = dict(zip(SCORED, (*paired(*points), *paired(*probabilities)), strict=True))
+    return {"n": len(answers), **found, "scores": points[0], "log_probabilities": [row["log_probability"] for row in answers]}
 
-    scores, others = ([row["score"] for row in rows] for rows in (answers, dense or ()))
-    values = (*paired(scores, others), *paired(probabilities(answers), probabilities(dense or ())))
-    found = dict(zip(SCORED, values, strict=True))
-    return {"n": len(scores), **found, "scores": scores, "log_probabilities": [row["log_probability"] for row in answers]}
+
+def answers_of(record: Mapping[str, Any]) -> dict[int, list[Row]]:
+    """Of a finished record, by length: every question's answer, task by task, as ``summarise`` takes them. Records of before ROW_VERSION 2 have no
+    probabilities."""
+    found: dict[int, list[Row]] = {}
+    for row in record["rows"]:
+        logs = row.get("log_probabilities", [None] * row["n"])
+        answers = [{"score": score, "log_probability": log} for score, log in zip(row["scores"], logs, strict=True)]
+        found.setdefault(row["length"], []).extend(answers)
+    return found
 
 
 def config_of(config: EngineConfig, policy: str) -> EngineConfig:
