@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from zen_turbo.bench.corpora import NAMES
 from zen_turbo.config import PRESETS
 from zen_turbo.evals.heatmap import length_text, read_json
-from zen_turbo.evals.retrieval import answers_of, summarise
+from zen_turbo.evals.retrieval import compare
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -73,15 +73,15 @@ def fidelity() -> dict[int, dict[str, list[Row]]]:
 
 def retrieval() -> dict[int, dict[str, list[Row]]]:
     """By length and kind: density, and the mean differences to dense attention on the same questions."""
-    dense = {length: rows for path in RESULTS.glob("retrieval_[0-9]*k_dense.json") for length, rows in answers_of(read_json(path)).items()}
     found: dict[int, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for kind, patterns in RETRIEVAL.items():
-        for path in (path for pattern in patterns for path in sorted(RESULTS.glob(pattern))):
-            record = read_json(path)
-            density = {row["length"]: row["density"] for row in record["rows"]}
-            for length, answers in answers_of(record).items():
-                if length in dense:
-                    found[length][kind].append({"density": density[length], **summarise(answers, dense[length])})
+    for dense in map(read_json, sorted(RESULTS.glob("retrieval_[0-9]*k_dense.json"))):
+        (length,) = {row["length"] for row in dense["rows"]}
+        for kind, patterns in RETRIEVAL.items():
+            for path in (path for pattern in patterns for path in sorted(RESULTS.glob(pattern))):
+                record = read_json(path)
+                density = {row["density"] for row in record["rows"] if row["length"] == length}
+                if density:
+                    found[length][kind].append({"density": density.pop(), **compare(record, dense, length)})
     return found
 
 

@@ -268,7 +268,7 @@ def retrieval_table(lengths: tuple[int, ...] = (32768, 131072)) -> str:
     """Points of every preset and of dense attention on the same questions, of all seeds that both have records of, and probabilities of the right
     answer from those records that have them."""
 
-    def cell(records: list[tuple[list[Answer], list[Answer]]], kind: str) -> str:
+    def cell(records: list[tuple[list[Answer], ...]], kind: str) -> str:
         key, prefix = ("score", "") if kind == "score" else ("log_probability", "probability_")
         pairs = [pair for sides in records for pair in zip(*sides, strict=True) if all(row[key] is not None for row in pair)]
         if not pairs:
@@ -281,12 +281,13 @@ def retrieval_table(lengths: tuple[int, ...] = (32768, 131072)) -> str:
     lines = []
     asked = [*((f"`--preset {preset}`", "", preset) for preset in PRESETS), ("`--attention dense --kv-dtype int8`", "int8_", "dense")]
     for what, prefix, name in asked:
-        records: dict[int, list[tuple[list[Answer], list[Answer]]]] = {length: [] for length in lengths}
+        records: dict[int, list[tuple[list[Answer], ...]]] = {length: [] for length in lengths}
         for length in lengths:
             for path in sorted((ROOT / "results").glob(f"retrieval_{length // 1024}k*_dense.json")):
                 other = path.with_name(path.name.replace("retrieval_", f"retrieval_{prefix}").replace("_dense.json", f"_{name}.json"))
                 if other.exists():
-                    records[length].append((answers_of(read_json(other))[length], answers_of(read_json(path))[length]))
+                    sides = (answers_of(read_json(name), length) for name in (other, path))
+                    records[length].append(tuple([row for rows in side.values() for row in rows] for side in sides))
         lines.append((what, *(cell(records[length], "score") for length in lengths), cell(records[lengths[0]], "probability")))
     header = (
         "",

@@ -85,8 +85,10 @@ def measurements() -> dict[str, Measurement]:
                 options = ["--lengths", str(length), "--texts", text, "--keep-dense", "logs/dense"]
                 cost = slow_minutes if name in selecting_in_torch else minutes
                 add(f"frontier/{name}_{label}_{text}", cost, "bench", "fidelity", *policy, *options)
+    # These read a prompt's last chunk anew for each question, twice; 51 questions are those of the first of the four contexts of 200.
     for name, policy in rivals.items():
-        add(f"frontier/retrieval_{name}_32k", 14, "eval", "retrieval", *policy, "--lengths", "32768", "--questions", "200")
+        questions, cost = ("51", 12) if name in selecting_in_torch else ("200", 24 if name == "tri_shape" else 9)
+        add(f"frontier/retrieval_{name}_32k", cost, "eval", "retrieval", *policy, "--lengths", "32768", "--questions", questions)
     for preset, minutes in (("turbo", 9), ("balanced", 11), ("faithful", 16)):
         add(f"marginal_128k_{preset}", minutes, "bench", "marginal", *preset_of(preset), "--positions", "8192,32768,65536,131072")
         add(f"prefill_{preset}", 3, "bench", "prefill", *preset_of(preset), "--lengths", "4096,8192,16384,32768")

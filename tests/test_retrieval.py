@@ -108,12 +108,23 @@ def test_differences_are_paired() -> None:
     assert (none["versus_dense"], none["probability"], none["probability_versus_dense"]) == (-50, None, None)
 
 
-def test_a_record_gives_its_answers_back() -> None:
-    answers = [{"score": 1.0, "log_probability": -0.5}, {"score": 0.0, "log_probability": None}]
-    row = {"task": "kv", "length": 4096, **retrieval.summarise(answers, None)}
-    assert retrieval.answers_of({"rows": [row, {**row, "length": 8192}, row]}) == {4096: answers * 2, 8192: answers}
-    del row["log_probabilities"]
-    assert [each["log_probability"] for each in retrieval.answers_of({"rows": [row]})[4096]] == [None, None], "a record of before they were there"
+def test_records_are_compared_by_question() -> None:
+    def record(scores: dict[str, list[float]]) -> dict[str, list[dict[str, object]]]:
+        answers = {task: [{"score": score, "log_probability": math.log(0.5)} for score in each] for task, each in scores.items()}
+        return {"rows": [{"task": task, "length": 4096, **retrieval.summarise(each, None)} for task, each in answers.items()]}
+
+    dense = record({"multikey": [1] * 17 + [0] * 3, "kv": [0] * 20})
+    assert retrieval.answers_of(dense, 4096)["kv"] == [{"score": 0, "log_probability": math.log(0.5)}] * 20
+    assert retrieval.answers_of(dense, 8192) == {}
+    assert retrieval.compare(record({"multikey": [1] * 20, "kv": [0] * 20}), dense, 4096)["versus_dense"] == pytest.approx(100 * 3 / 40)
+    first = retrieval.compare(record({"multikey": [0] + [1] * 16, "kv": [0] * 17}), dense, 4096)
+    assert first["n"] == 34 and first["versus_dense"] == pytest.approx(-100 / 34), "of the first context alone"
+    assert first["probability_versus_dense"] == 0
+    for other in ({"multikey": [1] * 16}, {"multivalue": [1] * 20}, {"kv": [1] * 21}):
+        with pytest.raises(ValueError, match="questions"):
+            retrieval.compare(record(other), dense, 4096)
+    del dense["rows"][0]["log_probabilities"]
+    assert retrieval.answers_of(dense, 4096)["multikey"][0]["log_probability"] is None, "a record of before they were there"
 
 
 def test_the_probability_of_the_right_answer_is_that_of_its_tokens(tiny_folder: Path) -> None:

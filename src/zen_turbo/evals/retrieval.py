@@ -170,15 +170,24 @@ def summarise(answers: Sequence[Row], dense: Sequence[Row] | None) -> Row:
     return {"n": len(answers), **found, "scores": points[0], "log_probabilities": [row["log_probability"] for row in answers]}
 
 
-def answers_of(record: Mapping[str, Any]) -> dict[int, list[Row]]:
-    """Of a finished record, by length: every question's answer, task by task, as ``summarise`` takes them. Records of before ROW_VERSION 2 have no
-    probabilities."""
-    found: dict[int, list[Row]] = {}
+def answers_of(record: Mapping[str, Any], length: int) -> dict[str, list[Row]]:
+    """Of a finished record, by task: every question's answer as ``summarise`` takes them. Records of before ROW_VERSION 2 have no probabilities."""
+    found = {}
     for row in record["rows"]:
-        logs = row.get("log_probabilities", [None] * row["n"])
-        answers = [{"score": score, "log_probability": log} for score, log in zip(row["scores"], logs, strict=True)]
-        found.setdefault(row["length"], []).extend(answers)
+        if row["length"] == length:
+            logs = row.get("log_probabilities", [None] * row["n"])
+            found[row["task"]] = [{"score": score, "log_probability": log} for score, log in zip(row["scores"], logs, strict=True)]
     return found
+
+
+def compare(record: Mapping[str, Any], dense: Mapping[str, Any], length: int) -> Row:
+    """``summarise`` of all tasks together. record: of the same questions as ``dense``, or of its first context alone, as many of each task.
+
+    Raises ValueError for a record of other questions."""
+    mine, others = answers_of(record, length), answers_of(dense, length)
+    if any(len(rows) not in (len(others.get(task, ())), MOST_FACTS) or len(rows) > len(others.get(task, ())) for task, rows in mine.items()):
+        raise ValueError(f"The records have {[len(rows) for rows in mine.values()]} and {[len(rows) for rows in others.values()]} questions.")
+    return summarise([row for rows in mine.values() for row in rows], [row for task, rows in mine.items() for row in others[task][: len(rows)]])
 
 
 def config_of(config: EngineConfig, policy: str) -> EngineConfig:
