@@ -85,12 +85,14 @@ def retrieval() -> dict[int, dict[str, list[Row]]]:
     return found
 
 
-def draw(axes: Axes, kinds: dict[str, list[Row]], key: str, *, length: int, label: str) -> None:
-    """One panel; a kind has its colour in all of them."""
+def draw(axes: Axes, kinds: dict[str, list[Row]], key: str, *, length: int, label: str, error: str | None = None) -> None:
+    """One panel; a kind has its colour in all of them. error: the key of a standard error."""
     for number, kind in enumerate(KINDS):
         if kind in kinds:
-            values = sorted((each["density"], each[key]) for each in kinds[kind])
-            axes.plot(*zip(*values, strict=True), marker="o", color=f"C{number}", label=kind)
+            rows = sorted(kinds[kind], key=lambda row: row["density"])
+            x, y = ([row[name] for row in rows] for name in ("density", key))
+            spread = None if error is None else [row[error] for row in rows]
+            axes.errorbar(x, y, yerr=spread, marker="o", color=f"C{number}", label=kind, capsize=2, elinewidth=0.8)
     axes.set_title(f"{length_text(length)} tokens", loc="left", fontsize=10)
     axes.set_xlabel("density: block pairs read")
     axes.set_ylabel(label)
@@ -114,7 +116,7 @@ def main() -> None:
             if kinds is None:
                 axes.set_axis_off()
                 continue
-            draw(axes, kinds, key, length=length, label=label)
+            draw(axes, kinds, key, length=length, label=label, error=key.replace("versus_dense", "standard_error") if key in ASKED else None)
             if key in ASKED:
                 axes.axhline(0, color="#888888", linewidth=0.8)
             axes.set_yscale("log" if key == "kl" else "linear")
