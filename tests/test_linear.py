@@ -153,6 +153,16 @@ def test_rotation_spreads_loud_channels(isa: str, inputs: int) -> None:
     assert error(rotate=True, fine=False) < error(rotate=False, fine=False) / 3
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+def test_a_weight_may_be_quantised_in_parts(rotate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(200, 128, generator=torch.Generator().manual_seed(3))
+    whole = kernels.pack_int8(weight, rotate=rotate)
+    monkeypatch.setattr("zen_turbo.kernels.layers._OUTPUTS_AT_ONCE", 64)
+    parts = kernels.pack_int8(weight, rotate=rotate)
+    torch.testing.assert_close(parts.scales, whole.scales)
+    assert (parts.codes.int() - whole.codes.int()).abs().max() <= (1 if rotate else 0), "a rotation may round otherwise"
+
+
 def test_codes_at_their_ends_do_not_overflow(isa: str) -> None:
     weights = kernels.pack_int8(torch.tensor([[1.0, -1.0]]).repeat(4, 512) * torch.tensor([[1.0], [-1.0], [1.0], [0.0]]))
     x = torch.tensor([[1.0, -1.0]]).repeat(3, 512) * torch.tensor([[1.0], [-1.0], [0.0]])

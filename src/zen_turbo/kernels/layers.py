@@ -12,6 +12,7 @@ from zen_turbo.kernels.checks import DTYPES, calling, need
 
 _PANEL_OUTPUTS = {torch.uint8: 64, torch.bfloat16: 16}  # outputs of a linear layer that lie together, by the dtype of its codes
 _ROTATED_INPUTS = 64  # of a block
+_OUTPUTS_AT_ONCE = 16384  # are quantised: a head of ten times as many would need four times its fp32 size for a moment
 
 
 def norm_args(
@@ -102,16 +103,18 @@ def pack_int8(weight: torch.Tensor, *, most_group_inputs: int = 1024, rotate: bo
     ``most_group_inputs`` inputs each. rotate: multiply whole blocks of 64 inputs by the Hadamard matrix first, here and in activations, which
     spreads their loud channels (QuaRot, arXiv 2404.00456); products stay what they are but for rounding."""
     outputs, inputs = weight.shape
-    weight = _rotated(weight.float()) if rotate else weight.float()
     fewest = -(-inputs // most_group_inputs)
     groups = next((count for count in range(fewest, 2 * fewest + 1) if inputs % (4 * count) == 0), fewest)  # equal parts without padding, if any
     codes = _panels_of(weight, torch.uint8, -(-inputs // (4 * groups)) * 4 * groups)
     codes.fill_(128)
-    largest = weight.abs().amax(dim=1)
     scales = torch.zeros(len(codes))
-    scales[:outputs] = largest / 127
-    inverse = torch.where(largest > 0, 127 / largest, torch.zeros(()))
-    codes[:outputs, :inputs] = ((weight * inverse[:, None]).round() + 128).to(torch.uint8)
+    for start in range(0, outputs, _OUTPUTS_AT_ONCE):
+        rows = slice(start, min(start + _OUTPUTS_AT_ONCE, outputs))
+        part = _rotated(weight[rows].float()) if rotate else weight[rows].float()
+        largest = part.abs().amax(dim=1)
+        scales[rows] = largest / 127
+        inverse = torch.where(largest > 0, 127 / largest, torch.zeros(()))
+        codes[rows, :inputs] = ((part * inverse[:, None]).round() + 128).to(torch.uint8)
     tiles = codes.view(-1, _PANEL_OUTPUTS[torch.uint8], codes.shape[1] // 4, 4).transpose(1, 2).contiguous()
     return PackedWeights(tiles, scales, inputs, outputs, groups, rotate)
 
