@@ -79,9 +79,9 @@ def retrieval() -> dict[int, dict[str, list[Row]]]:
         for kind, patterns in RETRIEVAL.items():
             for path in (path for pattern in patterns for path in sorted(RESULTS.glob(pattern))):
                 record = read_json(path)
-                density = {row["density"] for row in record["rows"] if row["length"] == length}
+                density = [row["density"] for row in record["rows"] if row["length"] == length]  # that of the same reads for every task
                 if density:
-                    found[length][kind].append({"density": density.pop(), **compare(record, dense, length)})
+                    found[length][kind].append({"density": density[0], **compare(record, dense, length)})
     return found
 
 

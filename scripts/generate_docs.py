@@ -221,9 +221,19 @@ def rows(name: str) -> list[dict[str, typing.Any]]:
     return read_json(ROOT / "results" / name)["rows"]
 
 
+def prefill_at(name: str, length: int) -> dict[str, typing.Any]:
+    """The row of one length of a record of ``bench prefill``."""
+    return next(row for row in rows(f"prefill_{name}.json") if row["length"] == length)
+
+
+def fidelity_of(preset: str, length: int) -> list[dict[str, typing.Any]]:
+    """The row of ``bench fidelity`` on code, encyclopedic text and a novel."""
+    return [row for text in ("code", "qa", "novel") for row in rows(f"fidelity_{length // 1024}k_{text}_{preset}.json")]
+
+
 def preset_cells(preset: str, length: int, seconds: float, dense_seconds: float, last: str = "kl") -> tuple[str, ...]:
     """Of a line of a table of presets: its name, what it takes, and what its records of ``bench fidelity`` have up to the column ``last``."""
-    kept = [row for text in ("code", "qa", "novel") for row in rows(f"fidelity_{length // 1024}k_{text}_{preset}.json")]
+    kept = fidelity_of(preset, length)
     columns = {"density": ".0%", "top1_agreement": ".1%", "kl": ".4f", "end_kl": ".4f"}
     shown = list(columns)[: list(columns).index(last) + 1]
     return (
@@ -239,13 +249,9 @@ PRESET_HEADER = ("", "first token", "faster", "block pairs read", "same next tok
 
 def presets_table(length: int = 32768) -> str:
     """What each preset takes and keeps, from its records at one length."""
-
-    def seconds(name: str) -> float:
-        return next(row["ttft_s"] for row in rows(f"prefill_{name}.json") if row["length"] == length)
-
-    dense = seconds("dense")
+    dense, *times = (prefill_at(name, length)["ttft_s"] for name in ("dense", *PRESETS))
     lines = [("`--attention dense`", f"{dense:.0f} s", "1", "100 %", "100 %", "0", "`prefill_dense.json`")]
-    lines += [(*preset_cells(preset, length, seconds(preset), dense), f"`*_{preset}.json`") for preset in PRESETS]
+    lines += [(*preset_cells(preset, length, took, dense), f"`*_{preset}.json`") for preset, took in zip(PRESETS, times, strict=True)]
     caption = (
         f"\n{length:,} tokens. Times on code, the rest on code, encyclopedic text and a novel: the last 512 positions against dense attention."
         " `turbo` has 8-bit linear layers, too; `balanced` has them beyond 32K tokens.\n"
@@ -268,9 +274,9 @@ def retrieval_table(lengths: tuple[int, ...] = (32768, 131072)) -> str:
     """Points of every preset and of dense attention on the same questions, of all seeds that both have records of, and probabilities of the right
     answer from those records that have them."""
 
-    def cell(records: list[tuple[list[Answer], ...]], kind: str) -> str:
+    def cell(answers: list[tuple[Answer, ...]], kind: str) -> str:
         key, prefix = ("score", "") if kind == "score" else ("log_probability", "probability_")
-        pairs = [pair for sides in records for pair in zip(*sides, strict=True) if all(row[key] is not None for row in pair)]
+        pairs = [pair for pair in answers if all(row[key] is not None for row in pair)]
         if not pairs:
             return ""
         mine, dense = zip(*pairs, strict=True)
@@ -281,14 +287,14 @@ def retrieval_table(lengths: tuple[int, ...] = (32768, 131072)) -> str:
     lines = []
     asked = [*((f"`--preset {preset}`", "", preset) for preset in PRESETS), ("`--attention dense --kv-dtype int8`", "int8_", "dense")]
     for what, prefix, name in asked:
-        records: dict[int, list[tuple[list[Answer], ...]]] = {length: [] for length in lengths}
+        pairs: dict[int, list[tuple[Answer, ...]]] = {length: [] for length in lengths}
         for length in lengths:
             for path in sorted((ROOT / "results").glob(f"retrieval_{length // 1024}k*_dense.json")):
                 other = path.with_name(path.name.replace("retrieval_", f"retrieval_{prefix}").replace("_dense.json", f"_{name}.json"))
                 if other.exists():
-                    sides = (answers_of(read_json(name), length) for name in (other, path))
-                    records[length].append(tuple([row for rows in side.values() for row in rows] for side in sides))
-        lines.append((what, *(cell(records[length], "score") for length in lengths), cell(records[lengths[0]], "probability")))
+                    sides = (answers_of(read_json(each), length) for each in (other, path))
+                    pairs[length] += zip(*([row for rows in side.values() for row in rows] for side in sides), strict=True)
+        lines.append((what, *(cell(pairs[length], "score") for length in lengths), cell(pairs[lengths[0]], "probability")))
     header = (
         "",
         *(f"{length_text(length)}: points of 100, of dense attention; difference ± its standard error (questions)" for length in lengths),
@@ -323,14 +329,14 @@ def claims() -> dict[str, Claim]:
         cold, warm, restart = (row["ttft_s"] for row in rows(name) if row["length"] == length)
         return f"{cold / 60:.1f} min, {warm:.1f} s, {restart:.1f} s"
 
-    kernel, peers, prefill = rows("attention.json"), rows("llama_cpp.json"), rows("prefill_dense.json")
+    kernel, peers = rows("attention.json"), rows("llama_cpp.json")
     passkey = [row for path in sorted((ROOT / "results").glob("passkey_dense*.json")) for row in read_json(path)["rows"]]
     found = sum(row["correct"] for row in passkey)
     longest = length_text(max(row["length"] for row in passkey))
     greedy = [row for row in rows("transformers.json") if (row["first"], row["second"]) == ("ours float32", "reference fp32")]
     identical = sum(row["verdict"] == "identical" for row in greedy)
     narrow = {name: rows(f"prefill_{name}_avx2.json")[-1] for name in ("dense", "turbo", "balanced")}
-    at_8k = next(row for row in prefill if row["length"] == 8192)
+    at_8k = prefill_at("dense", 8192)
     longest_records = [f"passkey_turbo_1m_{part}.json" for part in ("25", "lower_half", "0")]
     millions = sorted((row for name in longest_records for row in rows(name)), key=lambda row: row["depth"])
     million = next(row for row in rows(longest_records[0]) if not row["cached_tokens"])
@@ -350,8 +356,8 @@ def claims() -> dict[str, Claim]:
     preset = EngineConfig().preset
     default = [row for row in rows(f"decode_1000_code_{preset}.json") if row["attention"] == "sparse"]
     contexts = joined([f"{row['context']:,}" for row in default])
-    first, dense_first = (next(row for row in rows(f"prefill_{name}.json") if row["length"] == 32768) for name in (preset, "dense"))
-    kept = [rows(f"fidelity_32k_{text}_{preset}.json")[0] for text in ("code", "qa", "novel")]
+    first, dense_first = (prefill_at(name, 32768) for name in (preset, "dense"))
+    kept = fidelity_of(preset, 32768)
     return {
         "million": Claim(
             f"Passkey at {depths} % of {million['length']:,} tokens (sparse prefill, preset turbo, 8-bit KV pages): minutes to the first token,"

@@ -129,15 +129,13 @@ def test_records_are_compared_by_question() -> None:
 
 def test_the_probability_of_the_right_answer_is_that_of_its_tokens(tiny_folder: Path) -> None:
     llm = LLM(tiny_folder, kv_cache_bytes=16 << 20, max_model_len=4096)
-    (context,) = {item.text for item in retrieval.questions_of(llm.engine, [2000], TASKS, num_questions=6, text="code")[2000]}
     asked = dict(enumerate(retrieval.questions_of(llm.engine, [2000], TASKS, num_questions=6, text="code")[2000]))
     rows = retrieval.ask(llm, 2000, asked)
     assert [row["log_probability"] is None for row in rows] == [row["task"] == "multivalue" for row in rows]
     for number, one in asked.items():
         if rows[number]["log_probability"] is None:
             continue
-        said = retrieval.messages(context, one.question.text, one.question.begin)
-        prompt = llm.engine.chat_template.encode(said, add_generation_prompt=False, continue_final_message=True)
+        prompt = retrieval.prompt_of(llm.engine, one)
         answer = llm.engine.tokenizer.encode_continuation(f" {one.question.answers[0]}")
         whole = llm.generate([*prompt, *answer], SamplingParams(max_tokens=0, prompt_logprobs=0))
         assert whole.prompt_logprobs is not None

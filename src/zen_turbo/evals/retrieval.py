@@ -65,6 +65,12 @@ def messages(context: str, question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{context}\n\n{question}"}, {"role": "assistant", "content": answer}]
 
 
+def prompt_of(engine: Engine, asked: Asked) -> list[int]:
+    """A context, a question and the words that the answer is made to begin with, as tokens."""
+    said = messages(asked.text, asked.question.text, asked.question.begin)
+    return engine.chat_template.encode(said, add_generation_prompt=False, continue_final_message=True)
+
+
 def questions_of(
     engine: Engine, lengths: Sequence[int], tasks: Sequence[str], *, num_questions: int, text: str, seed: int = 0
 ) -> dict[int, list[Asked]]:
@@ -104,8 +110,7 @@ def ask(llm: LLM, length: int, asked: Mapping[int, Asked]) -> list[Row]:
     """Answers as rows of the journal; asked: by the number of the question."""
     prompts, samplings = [], []
     for one in asked.values():
-        said = messages(one.text, one.question.text, one.question.begin)
-        prompts.append(llm.engine.chat_template.encode(said, add_generation_prompt=False, continue_final_message=True))
+        prompts.append(prompt_of(llm.engine, one))
         max_tokens = MAX_NEW_TOKENS[one.question.task]
         samplings.append(SamplingParams(temperature=0.0, max_tokens=max_tokens))
         assert len(prompts[-1]) + max_tokens <= length, f"{len(prompts[-1])} tokens were made for a prompt of {length}"
@@ -185,8 +190,10 @@ def compare(record: Mapping[str, Any], dense: Mapping[str, Any], length: int) ->
 
     Raises ValueError for a record of other questions."""
     mine, others = answers_of(record, length), answers_of(dense, length)
-    if any(len(rows) not in (len(others.get(task, ())), MOST_FACTS) or len(rows) > len(others.get(task, ())) for task, rows in mine.items()):
-        raise ValueError(f"The records have {[len(rows) for rows in mine.values()]} and {[len(rows) for rows in others.values()]} questions.")
+    for task, rows in mine.items():
+        there = len(others.get(task, ()))
+        if not (len(rows) == there or len(rows) == MOST_FACTS < there):
+            raise ValueError(f"The record has {len(rows)} questions of {task}, that of dense attention {there}.")
     return summarise([row for rows in mine.values() for row in rows], [row for task, rows in mine.items() for row in others[task][: len(rows)]])
 
 

@@ -12,7 +12,7 @@ from zen_turbo.kernels.checks import DTYPES, calling, need
 
 _PANEL_OUTPUTS = {torch.uint8: 64, torch.bfloat16: 16}  # outputs of a linear layer that lie together, by the dtype of its codes
 _ROTATED_INPUTS = 64  # of a block
-_OUTPUTS_AT_ONCE = 16384  # are quantised: a head of ten times as many would need four times its fp32 size for a moment
+_OUTPUTS_AT_ONCE = 16384  # outputs that are quantised at a time: a head of ten times as many would take four times its fp32 size
 
 
 def norm_args(
